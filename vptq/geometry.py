@@ -1,0 +1,130 @@
+"""How a weight matrix is cut: outlier columns, groups, vectors, and the sizes of what is stored. Imports no torch.
+
+The order of the columns is the permuted one: outliers first, then `group_num` equal runs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vptq.config import LinearConfig
+
+WORD_BITS = 32
+
+
+def index_bits(num_centroids: int) -> int:
+    """Bits one index takes; 0 for a stage that is off."""
+    return max(num_centroids - 1, 0).bit_length() if num_centroids > 0 else 0
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that follow from a weight's shape and its settings."""
+
+    out_features: int
+    in_features: int
+    vector_quant_dim: str
+    vector_len: int
+    outlier_vector_len: int
+    outlier_size: int
+    group_num: int
+    group_size: int
+
+    def vector_grid(self, columns: int, vector_len: int) -> tuple[int, int]:
+        """(rows, columns) of the vectors that cover `columns` whole input columns."""
+        if self.vector_quant_dim == "out":
+            return math.ceil(self.out_features / vector_len), columns
+        return self.out_features, math.ceil(columns / vector_len)
+
+    @property
+    def group_grid(self) -> tuple[int, int]:
+        return self.vector_grid(self.group_size, self.vector_len)
+
+    @property
+    def outlier_grid(self) -> tuple[int, int]:
+        return self.vector_grid(self.outlier_size, self.outlier_vector_len)
+
+    @property
+    def num_vectors(self) -> int:
+        """Main vectors, all groups."""
+        return self.group_num * math.prod(self.group_grid)
+
+    @property
+    def num_outlier_vectors(self) -> int:
+        return math.prod(self.outlier_grid) if self.outlier_size else 0
+
+    def packed_words(self, bits_per_value: int) -> int:
+        """int32 words of one vector row of one group."""
+        return math.ceil(self.group_grid[1] * bits_per_value / WORD_BITS)
+
+    def group_columns(self, group: int) -> tuple[int, int]:
+        """First and past-the-last permuted column of a group."""
+        start = self.outlier_size + group * self.group_size
+        return start, start + self.group_size
+
+
+def plan_geometry(out_features: int, in_features: int, config: LinearConfig) -> tuple[Geometry | None, list[str]]:
+    """The geometry of a linear under `config`, or None and what does not fit."""
+    wanted = math.ceil(config.npercent * in_features / 100) if config.has_outliers else 0
+    if config.group_size > 0:
+        return _from_group_size(out_features, in_features, wanted, config)
+    outlier_size, group_num = wanted, config.group_num
+    remainder = (in_features - wanted) % group_num
+    if remainder and not config.has_outliers:
+        return None, [
+            f"in_features={in_features} is not a multiple of group_num={group_num}, and without outliers "
+            f"the last {remainder} columns can be stored nowhere"
+        ]
+    outlier_size += remainder
+    return _checked(out_features, in_features, outlier_size, group_num, (in_features - outlier_size) // group_num, config)
+
+
+def _from_group_size(
+    out_features: int, in_features: int, outliers: int, config: LinearConfig
+) -> tuple[Geometry | None, list[str]]:
+    group_num, remainder = divmod(in_features - outliers, config.group_size)
+    if remainder and not config.has_outliers:
+        return None, [f"in_features={in_features} is not a multiple of group_size={config.group_size}"]
+    if config.group_num not in (1, group_num):
+        return None, [f"group_size={config.group_size} gives {group_num} groups, but group_num={config.group_num}"]
+    return _checked(out_features, in_features, outliers + remainder, group_num, config.group_size, config)
+
+
+def _checked(
+    out_features: int, in_features: int, outlier_size: int, group_num: int, group_size: int, config: LinearConfig
+) -> tuple[Geometry | None, list[str]]:
+    faults = []
+    if group_num < 1 or group_size < 1:
+        faults.append(f"in_features={in_features} leaves no column for {config.group_num} groups")
+    if config.enable_perm and not config.absorb_perm and in_features > 65536:
+        faults.append(f"in_features={in_features} is over 65536, more than a stored perm can name; set enable_perm False")
+    if faults:
+        return None, faults
+    return (
+        Geometry(
+            out_features=out_features,
+            in_features=in_features,
+            vector_quant_dim=config.vector_quant_dim,
+            vector_len=config.vector_len,
+            outlier_vector_len=config.vector_lens[0] if outlier_size else 0,
+            outlier_size=outlier_size,
+            group_num=group_num,
+            group_size=group_size,
+        ),
+        [],
+    )
+
+
+def geometry_warnings(geometry: Geometry, config: LinearConfig) -> list[str]:
+    """What works but wastes something."""
+    warnings = []
+    vectors = math.prod(geometry.group_grid)
+    k = config.num_centroids[1]
+    if vectors < k:
+        waste = (k - vectors) * config.vector_len * config.bitwidth * geometry.group_num
+        warnings.append(
+            f"a group has {vectors} vectors but {k} centroids: {k - vectors} centroids a group are never used "
+            f"({waste / (geometry.out_features * geometry.in_features):.2f} bits a weight)"
+        )
+    return warnings

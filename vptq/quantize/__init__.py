@@ -1,0 +1,1 @@
+"""weight + Hessian -> QuantizedWeight. Knows torch only: no files, no transformers, no processes."""

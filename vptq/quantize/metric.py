@@ -1,0 +1,81 @@
+"""The metric: how much an error in each direction costs. Damp it, factor it, measure with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vptq.errors import NumericalError
+
+MAX_RETRIES = 8
+FIRST_RETRY_FRAC = 1e-4
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """U with H⁻¹ = Uᵀ U for a damped, permuted metric H.
+
+    Attributes:
+        inv_chol: (in_features, in_features) float32, upper triangular.
+        damping_frac: fraction of the mean diagonal that was added in the end.
+        retries: how often the damping had to be raised tenfold.
+    """
+
+    inv_chol: Tensor
+    damping_frac: float
+    retries: int
+
+
+def scale_metric(hessian: Tensor, scale: Tensor) -> Tensor:
+    """H' = S H S, the metric of W' = (W - offset) / scale. (in, in), (in,) -> (in, in). The reference leaves this out."""
+    return hessian * scale[:, None] * scale[None, :]
+
+
+def factor_inverse(metric: Tensor, damping_frac: float) -> InverseFactor:
+    """Factor the inverse of `metric + damping_frac * mean(diag) * I` in float64, damping more where that fails.
+
+    With J the reversal of rows, chol(J H J) = L gives H = A Aᵀ with A = J L J upper, so U = A⁻¹: one factorisation and
+    one triangular inverse, with no inverse of an inverse.
+
+    Args:
+        metric: (in_features, in_features) float, symmetric, already permuted. Not modified.
+    Raises:
+        NumericalError: no damping up to 10^8 times the first one makes it positive definite.
+    """
+    wide = metric.double()
+    size = wide.shape[0]
+    mean = wide.diagonal().mean()
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    identity = torch.eye(size, dtype=torch.float64, device=metric.device)
+    frac = damping_frac
+    for retry in range(MAX_RETRIES + 1):
+        damped = wide + frac * mean * identity
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed.item():
+            upper = lower.flip(0, 1)
+            inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
+            if torch.isfinite(inverse).all():
+                return InverseFactor(inverse.float(), frac, retry)
+        frac = frac * 10 if frac > 0 else FIRST_RETRY_FRAC
+    raise NumericalError(
+        "the Hessian can't be factored, however much it is damped",
+        hint="calibrate with more tokens, or look for extreme activations in this model",
+    )
+
+
+def proxy_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """tr(E H Eᵀ) / tr(W H Wᵀ), E = weight - quantized, all in original column order and scale; undamped H.
+
+    Args:
+        weight, quantized: (out_features, in_features) float32. hessian: (in_features, in_features) float32.
+    Returns:
+        The relative error; 0 if both are zero.
+    """
+    error = weight - quantized
+    numerator = ((error @ hessian).double() * error.double()).sum().item()
+    denominator = ((weight @ hessian).double() * weight.double()).sum().item()
+    if denominator <= 0:
+        return 0.0 if numerator <= 0 else float("inf")
+    return max(numerator, 0.0) / denominator
