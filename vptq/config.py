@@ -86,7 +86,10 @@ class LinearConfig:
         check(outlier_res == OFF, f"num_res_centroids: outlier is {outlier_res}; outliers have no residual stage, use -1")
         check(0 <= self.npercent < 100, f"npercent is {self.npercent:g}, must be 0 or more and under 100")
         if self.has_outliers:
-            check(1 <= outlier_len <= MAX_VECTOR_LEN, f"npercent is {self.npercent:g} but vector_lens gives outliers {outlier_len}")
+            check(
+                1 <= outlier_len <= MAX_VECTOR_LEN,
+                f"npercent is {self.npercent:g} but vector_lens gives outliers {outlier_len}",
+            )
             check(
                 2 <= outlier_k <= MAX_CENTROIDS, f"npercent is {self.npercent:g} but num_centroids gives outliers {outlier_k}"
             )
@@ -141,11 +144,15 @@ class CalibrationConfig:
     """Which tokens the Hessians are taken over."""
 
     dataset: str | None = option(
-        None, "calibration", "wikitext2, c4, c4-new, or a text or jsonl file or a folder of them (default: c4; demo model: its own)"
+        None,
+        "calibration",
+        "wikitext2, c4, c4-new, or a text or jsonl file or a folder of them (default: c4; demo model: its own)",
     )
     nsamples: int = option(128, "calibration", "sequences of calibration text")
     seq_len: int | None = option(
-        None, "calibration", f"tokens a sequence, calibration and evaluation (default: {DEFAULT_SEQ_LEN}, or the model's if shorter)"
+        None,
+        "calibration",
+        f"tokens a sequence, calibration and evaluation (default: {DEFAULT_SEQ_LEN}, or the model's if shorter)",
     )
     seed: int = option(0, "calibration", "seed of the choice of sequences")
     hessian_path: str | None = option(None, "calibration", "folder that keeps Hessians and gives them back; published ones too")
@@ -180,7 +187,10 @@ class QuantConfig:
         found = [*self.linear.faults(), *self.calibration.faults()]
         check = _Checker(found)
         check(self.num_gpus >= 1, f"num_gpus is {self.num_gpus}, must be 1 or more")
-        check(self.eval_nsamples == OFF or self.eval_nsamples >= 1, f"eval_nsamples is {self.eval_nsamples}, must be 1 or more, or -1")
+        check(
+            self.eval_nsamples == OFF or self.eval_nsamples >= 1,
+            f"eval_nsamples is {self.eval_nsamples}, must be 1 or more, or -1",
+        )
         return found
 
     def validate(self) -> None:

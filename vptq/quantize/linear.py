@@ -119,7 +119,9 @@ def _check_inputs(weight: Tensor, hessian: Tensor, name: str) -> None:
         raise NumericalError("non-finite weights", where=[name], hint="the checkpoint is damaged or overflowed; get it anew")
     if not bool(torch.isfinite(hessian).all()):
         raise NumericalError(
-            "non-finite Hessian", where=[name], hint="activations overflowed; calibrate other text, or load the model as bfloat16"
+            "non-finite Hessian",
+            where=[name],
+            hint="activations overflowed; calibrate other text, or load the model as bfloat16",
         )
 
 
@@ -160,7 +162,10 @@ class _Codebooks:
 
     def fit_groups(self, problem: Problem, data: Tensor) -> Codebook:
         return self._store(
-            [self._fit(problem, data, columns, self.config.vector_len, self.config.num_centroids[1]) for columns in self._groups()]
+            [
+                self._fit(problem, data, columns, self.config.vector_len, self.config.num_centroids[1])
+                for columns in self._groups()
+            ]
         )
 
     def fit_residual(self, problem: Problem, leftover: Tensor) -> Codebook:

@@ -1,0 +1,143 @@
+"""Read packed checkpoints: strictly, tensor by tensor."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vptq.checkpoint.names import check_tensors
+from vptq.errors import CheckpointError
+from vptq.layer_config import LayerConfig, read_quantization_config
+from vptq.models.architecture import Skeleton, load_skeleton, resolve_folder, tied_names
+from vptq.models.headers import read_config
+from vptq.models.stream import FolderSource, TensorSource, load_module
+from vptq.nn.reference import dequantize_packed
+from vptq.nn.replace import replace_linears
+
+TORCH_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I64": torch.int64,
+}
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a model folder is a packed VPTQ checkpoint."""
+    entry = read_config(folder).get("quantization_config")
+    return isinstance(entry, dict) and entry.get("quant_method") == "vptq"
+
+
+def read_layers(folder: Path) -> dict[str, LayerConfig]:
+    """The quantized linears of a packed checkpoint."""
+    return read_quantization_config(read_config(folder).get("quantization_config", {}), str(folder))
+
+
+class DequantizedSource:
+    """A model's tensors where some linears are quantized: their weights are dequantized on demand.
+
+    Args:
+        base: gives all other tensors.
+        layers: the quantized linears. stored: gives the packed tensors of one of them by its name.
+        dtype: float type that weights are rounded to, the model's own.
+    """
+
+    def __init__(
+        self,
+        base: TensorSource,
+        layers: Mapping[str, LayerConfig],
+        stored: Callable[[str], dict[str, Tensor]],
+        dtype: torch.dtype,
+    ) -> None:
+        self.base, self.layers, self.stored, self.dtype = base, layers, stored, dtype
+
+    def has(self, name: str) -> bool:
+        return name.removesuffix(".weight") in self.layers or self.base.has(name)
+
+    def get(self, name: str) -> Tensor:
+        linear = name.removesuffix(".weight")
+        if linear != name and linear in self.layers:
+            return dequantize_packed(self.stored(linear), self.layers[linear], self.dtype)
+        return self.base.get(name)
+
+
+def packed_tensors(source: FolderSource, linear: str, layer: LayerConfig) -> dict[str, Tensor]:
+    """The stored tensors of one linear of a packed folder. Raises CheckpointError for missing or misshapen ones."""
+    names = [key for key in layer.tensor_shapes() if source.has(f"{linear}.{key}")]
+    found = {key: source.get(f"{linear}.{key}") for key in names}
+    check_tensors({key: (tuple(t.shape), t.dtype) for key, t in found.items()}, layer, linear)
+    return found
+
+
+def check_packed(source: FolderSource, layers: Mapping[str, LayerConfig]) -> None:
+    """Raise CheckpointError unless every tensor of every quantized linear is there; reads headers only."""
+    for linear, layer in layers.items():
+        entries = {key: source.entry(f"{linear}.{key}") for key in layer.tensor_shapes() if source.has(f"{linear}.{key}")}
+        found = {key: (entry.shape, TORCH_DTYPES.get(entry.dtype, torch.bool)) for key, entry in entries.items()}
+        check_tensors(found, layer, linear)
+
+
+def open_source(skeleton: Skeleton) -> TensorSource:
+    """The weights of a model folder, dequantized where it is packed."""
+    source = skeleton.source()
+    if not is_packed(skeleton.folder):
+        return source
+    layers = read_layers(skeleton.folder)
+    check_packed(source, layers)
+    return DequantizedSource(source, layers, lambda name: packed_tensors(source, name, layers[name]), skeleton.dtype)
+
+
+def load_quantized(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    dtype: torch.dtype | None = None,
+    cache_weights: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a packed checkpoint as a transformers model whose linears are `VQuantLinear`.
+
+    Args:
+        path: folder or hub name. device: where the model goes. dtype: its float type (default: as stored).
+        cache_weights: keep each dequantized weight after its first use: faster, and as large as the original.
+    Raises:
+        CheckpointError: a folder that is missing, damaged, not packed, or of a later format version.
+    """
+    folder = resolve_folder(str(path))
+    layers = read_layers(folder)
+    skeleton = load_skeleton(folder, trust_remote_code)
+    source = skeleton.source()
+    check_packed(source, layers)
+    model = skeleton.model
+    replace_linears(model, layers)
+    target = torch.device(device)
+    skipped = [name for name in tied_names(model) if not source.has(name)]
+    load_module(model, "", source, target, dtype or skeleton.dtype, skip=skipped)
+    model.tie_weights()
+    _check_loaded(model, folder)
+    model.to(target)
+    with contextlib.suppress(OSError):
+        model.generation_config = _generation_config(folder)
+    for module in model.modules():
+        if hasattr(module, "set_cache"):
+            module.set_cache(cache_weights)
+    return model.eval()
+
+
+def _check_loaded(model: Any, folder: Path) -> None:
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise CheckpointError(f"`{folder}` lacks tensors of the model", where=left, hint="get the checkpoint anew")
+
+
+def _generation_config(folder: Path) -> Any:
+    from transformers import GenerationConfig  # noqa: PLC0415 (slow import)
+
+    return GenerationConfig.from_pretrained(folder)

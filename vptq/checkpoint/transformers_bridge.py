@@ -1,0 +1,124 @@
+"""The one place where this package reaches into transformers: `AutoModelForCausalLM.from_pretrained` on packed checkpoints.
+
+transformers has a loader for `quant_method: vptq`. In 4.48 to 4.57 it works; in 5.x it trips over dotted module names and
+shared settings, and refuses to run without CUDA. One quantizer class that suits both takes its place. Registering waits
+until transformers itself is imported, so that `import vptq` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+AUTO_MODULE = "transformers.quantizers.auto"
+METHOD = "vptq"
+
+
+def install() -> None:
+    """Register with transformers, now if it is loaded, else when it is."""
+    loaded = sys.modules.get(AUTO_MODULE)
+    if loaded is not None:
+        _register(loaded)
+    elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterOnImport())
+
+
+class _RegisterOnImport(importlib.abc.MetaPathFinder):
+    """Lets the import of transformers' quantizer table go its way, then registers."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != AUTO_MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        loader = spec.loader
+        run = loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            run(module)
+            _register(module)
+
+        loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register(auto: ModuleType) -> None:
+    config_class, quantizer_class = _make_classes()
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = config_class
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer_class
+
+
+def _make_classes() -> tuple[type, type]:
+    from transformers.quantizers.base import HfQuantizer  # noqa: PLC0415 (transformers is being imported)
+    from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod  # noqa: PLC0415
+
+    class VptqConfig(QuantizationConfigMixin):
+        """`quantization_config` of a packed checkpoint; keeps every key it was given, extensions too."""
+
+        def __init__(self, config_for_layers: dict | None = None, **others: Any) -> None:
+            self.quant_method = QuantizationMethod.VPTQ
+            self.config_for_layers = config_for_layers or {}
+            others.pop("quant_method", None)
+            for key, value in others.items():
+                setattr(self, key, value)
+
+        def to_dict(self) -> dict[str, Any]:
+            return {**super().to_dict(), "quant_method": METHOD}
+
+        def to_diff_dict(self) -> dict[str, Any]:
+            return self.to_dict()
+
+    class VptqQuantizer(HfQuantizer):
+        """Swaps the packed linears in before transformers reads the weights."""
+
+        requires_calibration = True
+
+        def validate_environment(self, *_args: Any, device_map: Any = None, **_kwargs: Any) -> None:
+            if isinstance(device_map, dict) and "disk" in device_map.values():
+                raise ValueError("packed VPTQ linears can't be offloaded to disk; leave `disk` out of device_map")
+
+        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+            from vptq.layer_config import read_quantization_config  # noqa: PLC0415
+            from vptq.nn.replace import replace_linears  # noqa: PLC0415
+
+            where = getattr(model.config, "_name_or_path", "") or "the checkpoint"
+            layers = read_quantization_config(self.quantization_config.to_dict(), where)
+            _check_files(kwargs.get("checkpoint_files"), where, layers)
+            replace_linears(model, layers)
+
+        def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
+            from vptq.nn.vquant_linear import VQuantLinear  # noqa: PLC0415
+
+            for module in model.modules():
+                if isinstance(module, VQuantLinear):
+                    module.requires_grad_(False)  # transformers 5 turns it on for every float tensor
+            return model
+
+        def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+    return VptqConfig, VptqQuantizer
+
+
+def _check_files(checkpoint_files: list[str] | None, where: str, layers: dict) -> None:
+    """transformers only warns of missing tensors and goes on with noise; a packed checkpoint is checked before."""
+    from vptq.checkpoint.reader import check_packed  # noqa: PLC0415 (torch and transformers are loaded by now)
+    from vptq.models.stream import FolderSource  # noqa: PLC0415
+
+    folder = Path(checkpoint_files[0]).parent if checkpoint_files else Path(where)
+    if folder.is_dir():
+        check_packed(FolderSource(folder), layers)

@@ -1,0 +1,152 @@
+"""Write model folders: sharded safetensors with index, config, generation config, tokenizer; whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from vptq.layer_config import LayerConfig, quantization_config
+from vptq.models.files import save_json, save_tensors, writing_to
+from vptq.models.headers import INDEX_NAME, SINGLE_NAME, read_config
+from vptq.models.stream import FolderSource
+
+MAX_SHARD_BYTES = 4 << 30
+COPIED_PATTERNS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "*.tiktoken",
+    "LICENSE*",
+)
+
+
+class CheckpointWriter:
+    """A model folder in the making. It takes its name when the `with` block ends without a fault.
+
+    Args:
+        folder: the final folder. An older one of that name is replaced.
+        max_shard_bytes: tensors go into one more file past this size.
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        self.folder = folder
+        self.partial = folder.with_name(f"{folder.name}.partial")
+        self.max_shard_bytes = max_shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def __enter__(self) -> CheckpointWriter:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        with writing_to(self.partial):
+            self.partial.mkdir(parents=True)
+        return self
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor; written once a shard is full."""
+        size = tensor.numel() * tensor.element_size()
+        pending = sum(t.numel() * t.element_size() for t in self._pending.values())
+        if self._pending and pending + size > self.max_shard_bytes:
+            self._flush()
+        self._pending[name] = tensor
+        self._total_bytes += size
+
+    def add_json(self, name: str, value: Any) -> None:
+        save_json(self.partial / name, value)
+
+    def copy_files(self, source: Path) -> None:
+        """Tokenizer, generation config and the like, as they are."""
+        for pattern in COPIED_PATTERNS:
+            for path in sorted(source.glob(pattern)):
+                if path.is_file():
+                    with writing_to(self.partial / path.name):
+                        shutil.copyfile(path, self.partial / path.name)
+
+    def _flush(self) -> None:
+        save_tensors(self._shard_path(len(self._shards)), self._pending)
+        self._shards.append(list(self._pending))
+        self._pending = {}
+
+    def _shard_path(self, number: int) -> Path:
+        return self.partial / f"shard-{number}"
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            return
+        self._flush()
+        self._name_shards()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.replace(self.partial, self.folder)
+
+    def _name_shards(self) -> None:
+        count = len(self._shards)
+        if count == 1:
+            os.replace(self._shard_path(0), self.partial / SINGLE_NAME)
+            return
+        weight_map = {}
+        for number, names in enumerate(self._shards):
+            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            os.replace(self._shard_path(number), self.partial / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        save_json(self.partial / INDEX_NAME, index)
+
+
+def write_packed(
+    folder: Path, source: FolderSource, layers: Mapping[str, LayerConfig], packed: Iterator[tuple[str, dict[str, Tensor]]]
+) -> None:
+    """A packed checkpoint: everything of the original but the quantized weights, and the packed tensors instead.
+
+    Args:
+        packed: (linear name, its stored tensors) for every name in `layers`.
+    """
+    config = _original_config(source.folder)
+    config["quantization_config"] = quantization_config(dict(layers))
+    replaced = {source.file_name(f"{name}.weight") for name in layers}
+    with CheckpointWriter(folder) as writer:
+        for name in source.entries:
+            if name not in replaced:
+                writer.add(name, source.get_stored(name))
+        for linear, tensors in packed:
+            for key, tensor in tensors.items():
+                writer.add(_name_beside(source, linear, key), tensor)
+        writer.add_json("config.json", config)
+        writer.copy_files(source.folder)
+
+
+def write_dequantized(folder: Path, source: FolderSource, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """A checkpoint of the original's form with other weights. weights: (linear name, weight in the model's type)."""
+    with CheckpointWriter(folder) as writer:
+        replaced = set()
+        for linear, weight in weights:
+            name = source.file_name(f"{linear}.weight") or f"{linear}.weight"
+            replaced.add(name)
+            writer.add(name, weight)
+        for name in source.entries:
+            if name not in replaced:
+                writer.add(name, source.get_stored(name))
+        writer.add_json("config.json", _original_config(source.folder))
+        writer.copy_files(source.folder)
+
+
+def _original_config(folder: Path) -> dict[str, Any]:
+    return json.loads(json.dumps(read_config(folder)))
+
+
+def _name_beside(source: FolderSource, linear: str, key: str) -> str:
+    """The file name of a packed tensor: the weight's own, with `weight` replaced, so that prefixes agree."""
+    weight = source.file_name(f"{linear}.weight") or f"{linear}.weight"
+    return f"{weight.removesuffix('.weight')}.{key}"

@@ -1,0 +1,184 @@
+"""What a causal language model is made of: its decoder blocks and the linears in them, found from the module tree."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vptq.errors import CheckpointError, UsageError
+from vptq.models.headers import DTYPE_BITS, read_config
+from vptq.models.stream import FLOAT_TYPES, FolderSource
+
+DEMO = Path(__file__).parent / "demo"
+
+
+@dataclass(frozen=True)
+class LinearInfo:
+    """One linear of one block. `name` is its full module name, `suffix` its name inside the block."""
+
+    name: str
+    block: int
+    suffix: str
+    out_features: int
+    in_features: int
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without its weights: modules on the meta device, buffers real.
+
+    Attributes:
+        folder: the model folder. model: the transformers module. blocks_name: full name of the list of decoder blocks.
+        dtype: float type of the stored weights.
+    """
+
+    folder: Path
+    model: Any
+    blocks_name: str
+    dtype: torch.dtype
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        found = self.model.get_submodule(self.blocks_name)
+        assert isinstance(found, nn.ModuleList)
+        return found
+
+    def block_name(self, block: int) -> str:
+        return f"{self.blocks_name}.{block}"
+
+    def linears(self) -> list[LinearInfo]:
+        """Every linear of every block, in module order."""
+        found = []
+        for number, block in enumerate(self.blocks):
+            for suffix, module in block.named_modules():
+                if isinstance(module, nn.Linear):
+                    name = f"{self.block_name(number)}.{suffix}"
+                    has_bias = module.bias is not None
+                    found.append(LinearInfo(name, number, suffix, module.out_features, module.in_features, has_bias))
+        return found
+
+    @property
+    def max_seq_len(self) -> int | None:
+        config = self.model.config
+        return getattr(config, "max_position_embeddings", None)
+
+    def source(self) -> FolderSource:
+        return FolderSource(self.folder, getattr(self.model, "base_model_prefix", ""))
+
+
+def load_skeleton(folder: Path, trust_remote_code: bool = False) -> Skeleton:
+    """Build the model of a folder without reading its weights.
+
+    Raises:
+        CheckpointError: a missing or damaged folder.   UsageError: a model whose blocks or linears are not found.
+    """
+    from accelerate import init_empty_weights  # noqa: PLC0415 (slow imports, only where a model is built)
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+
+    read_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"transformers can't build a causal language model from `{folder}`",
+            where=[str(error).strip().split("\n")[0]],
+            hint="check config.json; a model with code of its own needs --trust_remote_code",
+        ) from error
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return Skeleton(folder, model, _find_blocks(model, folder), _stored_dtype(folder, config))
+
+
+def _find_blocks(model: nn.Module, folder: Path) -> str:
+    """The list of modules that holds the most weights of linears: the decoder blocks."""
+    sizes = {
+        name: sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    best = max(sizes, key=lambda name: sizes[name], default=None)
+    if best is None or not sizes[best]:
+        raise UsageError(
+            f"no decoder blocks with linear layers were found in `{folder}`",
+            where=[f"model class {type(model).__name__}"],
+            hint="models whose blocks hold no torch.nn.Linear (GPT-2's Conv1D) are not handled yet",
+        )
+    return best
+
+
+def _stored_dtype(folder: Path, config: Any) -> torch.dtype:
+    stated = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    if isinstance(stated, torch.dtype) and stated.is_floating_point:
+        return stated
+    entries = FolderSource(folder).entries.values()
+    kinds = [e.dtype for e in entries if e.dtype in FLOAT_TYPES]
+    return FLOAT_TYPES[max(set(kinds), key=kinds.count)] if kinds else torch.float32
+
+
+def tied_names(model: Any) -> set[str]:
+    """Parameters that a checkpoint may leave out because they are tied to others."""
+    keys = getattr(model, "_tied_weights_keys", None) or ()
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    return set(keys) if tied else set()
+
+
+def fingerprint(source: FolderSource) -> str:
+    """Which model this is: a hash of every tensor's name, shape and type and the values of all one-dimensional ones."""
+    digest = hashlib.sha256()
+    for name, entry in sorted(source.entries.items()):
+        digest.update(f"{name} {entry.shape} {entry.dtype}\n".encode())
+        if len(entry.shape) == 1:
+            digest.update(source.get(name).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_linear_weights(skeleton: Skeleton, source: FolderSource) -> list[str]:
+    """Linears whose weight the folder lacks, or has in another shape or a type that can't be quantized."""
+    faults = []
+    for linear in skeleton.linears():
+        name = f"{linear.name}.weight"
+        if not source.has(name):
+            faults.append(f"{name}: missing in `{source.folder}`")
+            continue
+        entry = source.entry(name)
+        if entry.shape != (linear.out_features, linear.in_features):
+            faults.append(f"{name}: {entry.shape} in the file, ({linear.out_features}, {linear.in_features}) by config.json")
+        elif entry.dtype not in FLOAT_TYPES:
+            faults.append(f"{name}: stored as {entry.dtype} ({DTYPE_BITS.get(entry.dtype, '?')} bits): already quantized?")
+    return faults
+
+
+def resolve_folder(model_name: str | None) -> Path:
+    """A model folder from what the user typed: nothing (the demo model), a folder, or a hub name (downloaded)."""
+    if model_name is None:
+        return DEMO
+    path = Path(model_name).expanduser()
+    if path.is_dir():
+        return path
+    looks_like_hub_name = model_name.count("/") <= 1 and not model_name.startswith((".", "/", "~"))
+    if path.exists() or not looks_like_hub_name:
+        raise CheckpointError(
+            f"model folder `{model_name}` does not exist", hint="give a folder with config.json, or a hub name"
+        )
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(model_name, allow_patterns=patterns))
+    except Exception as error:
+        raise CheckpointError(
+            f"`{model_name}` is neither a folder here nor a model the hub gives",
+            where=[str(error).strip().split("\n")[0]],
+            hint="check the name, the network, and whether the model needs `hf auth login`",
+        ) from error

@@ -1,0 +1,58 @@
+"""Files that appear complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vptq.errors import UsageError
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file under its name only when it is whole."""
+    with _whole(path) as partial:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata={"format": "pt", **(metadata or {})})
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Write JSON under its name only when it is whole."""
+    with _whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with writing_to(path):
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turn a full disk, or a folder that can't be written, into a message."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "os error 28" in text
+        if full:
+            raise UsageError(
+                f"the disk is full: `{path}` can't be written",
+                hint="free some space; a run goes on with `vptq quantize --resume RUN_FOLDER`",
+            ) from error
+        denied = isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS
+        if denied or "Permission denied" in text or "Read-only file system" in text:
+            raise UsageError(f"`{path}` can't be written", where=[text], hint="give another --output_dir") from error
+        raise

@@ -1,0 +1,108 @@
+"""What is in safetensors files, without reading the tensors. Imports no torch.
+
+A safetensors file is 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, the data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vptq.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_HEADER_BYTES = 100 << 20
+DTYPE_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 8),
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: its shape, safetensors dtype name, bytes on disk, and the file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    num_bytes: int
+    file: Path
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Tensors of one file. Raises CheckpointError where the file is missing, cut short or no safetensors file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise ValueError("the header's length does not fit the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        entries = {}
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            if not 0 <= start <= end <= size - 8 - length:
+                raise ValueError(f"`{name}` lies past the end of the file: it is cut short")
+            entries[name] = TensorEntry(tuple(entry["shape"]), entry["dtype"], end - start, path)
+    except FileNotFoundError:
+        raise CheckpointError(f"`{path}` is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"`{path}` is no readable safetensors file", where=[str(error)], hint="get the file anew"
+        ) from error
+    return entries
+
+
+def read_headers(folder: Path) -> dict[str, TensorEntry]:
+    """Tensors of a model folder, one file or several with an index."""
+    index = folder / INDEX_NAME
+    if index.exists():
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, OSError) as error:
+            raise CheckpointError(f"`{index}` is damaged", where=[str(error)], hint="get the file anew") from error
+        found: dict[str, TensorEntry] = {}
+        for name in sorted(set(names.values())):
+            found |= read_header(folder / name)
+        absent = sorted(set(names) - set(found))
+        if absent:
+            raise CheckpointError(f"`{index}` names tensors that no file holds", where=absent, hint="get the folder anew")
+        return found
+    single = folder / SINGLE_NAME
+    if single.exists():
+        return read_header(single)
+    others = sorted(p.name for p in folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return read_header(folder / others[0])
+    if list(folder.glob("pytorch_model*.bin")):
+        raise CheckpointError(
+            f"`{folder}` holds pickled weights (pytorch_model.bin), which are not read",
+            hint="write it as safetensors: AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_folder)",
+        )
+    raise CheckpointError(f"`{folder}` holds no safetensors weights", hint="give a model folder as transformers saves it")
+
+
+def read_config(folder: Path) -> dict:
+    """The folder's config.json. Raises CheckpointError where it is missing or damaged."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"model folder `{folder}` does not exist", hint="give a folder with config.json, or a hub name")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except FileNotFoundError:
+        raise CheckpointError(f"`{folder}` holds no config.json", hint="give a model folder as transformers saves it") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"`{path}` is damaged", where=[str(error)], hint="get the file anew") from error
+    return config
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of every file in a folder."""
+    return sum(os.path.getsize(p) for p in folder.rglob("*") if p.is_file())

@@ -1,0 +1,177 @@
+"""Run a model block by block, with one block's weights in memory at a time.
+
+The model's own `forward` is used throughout, so masks, positions and heads of any architecture come out right: its blocks
+are stubbed. A stub on the first block that stops catches what goes in; stubs that only take notes show what else each
+block is given; stubs that hand on known hidden states let the model compute its logits from them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vptq.models.architecture import Skeleton, tied_names
+from vptq.models.stream import TensorSource, load_module, unload_module
+
+KEEP_ON_GPU_FRACTION = 0.25
+
+
+class _StopForward(Exception):
+    """Ends a forward pass early; caught only here."""
+
+
+@dataclass
+class _BlockInputs:
+    """What a block is given beside the hidden states, for one shape of batch."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class HiddenStates:
+    """Hidden states of a set of sequences at one depth: batches of (sequences, seq_len, hidden_size)."""
+
+    batches: list[Tensor]
+    tokens: list[Tensor] = field(repr=False)  # the token batches they come from
+
+
+class BlockRunner:
+    """Runs sequences through a skeleton's blocks.
+
+    Args:
+        skeleton: its non-block weights are loaded here, its blocks when they run.
+        source: gives the weights: the original's, or a quantized checkpoint's dequantized ones.
+        device, dtype: where and in which float type the blocks run.
+    """
+
+    def __init__(self, skeleton: Skeleton, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
+        self.skeleton, self.source, self.device, self.dtype = skeleton, source, device, dtype
+        self.model = skeleton.model
+        self._inputs: dict[tuple[int, int], list[_BlockInputs]] = {}
+        self._returns_tuple = False
+        self._load_rest()
+
+    def _load_rest(self) -> None:
+        """Everything but the blocks: embeddings, final norm, head, buffers."""
+        prefix = f"{self.skeleton.blocks_name}."
+        skipped = [n for n, _ in self.model.named_parameters() if n.startswith(prefix)]
+        skipped += [n for n in tied_names(self.model) if not self.source.has(n)]
+        load_module(self.model, "", self.source, self.device, self.dtype, skip=skipped)
+        self.model.tie_weights()
+        for module in self.model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if not buffer.is_meta:
+                    setattr(module, name, buffer.to(self.device))
+
+    def load_block(self, block: int) -> None:
+        load_module(self.skeleton.blocks[block], self.skeleton.block_name(block), self.source, self.device, self.dtype)
+
+    def unload_block(self, block: int) -> None:
+        unload_module(self.skeleton.blocks[block])
+
+    def unload(self) -> None:
+        """Free all weights, so that the skeleton can serve another runner."""
+        unload_module(self.model)
+        self.model.tie_weights()
+
+    @torch.no_grad()
+    def embed(self, token_batches: list[Tensor]) -> HiddenStates:
+        """What goes into the first block. token_batches: (sequences, seq_len) int64 each."""
+        batches: list[Tensor] = []
+        keep = self._hidden_device(token_batches)
+
+        def catch(block: int, hidden: Tensor, inputs: _BlockInputs) -> Tensor:
+            batches.append(hidden.to(keep))
+            raise _StopForward
+
+        for tokens in token_batches:
+            self._note_inputs(tokens)
+            with self._stubbed(catch), contextlib.suppress(_StopForward):
+                self._forward(tokens)
+        return HiddenStates(batches, token_batches)
+
+    @torch.no_grad()
+    def run_block(self, block: int, states: HiddenStates, progress: Callable[[], None] | None = None) -> HiddenStates:
+        """The block's outputs for every batch; the block must be loaded."""
+        module = self.skeleton.blocks[block]
+        outputs = []
+        for hidden, tokens in zip(states.batches, states.tokens, strict=True):
+            inputs = self._inputs[self._shape(tokens)][block]
+            output = module(hidden.to(self.device), *inputs.args, **inputs.kwargs)
+            self._returns_tuple = isinstance(output, tuple)
+            outputs.append((output[0] if isinstance(output, tuple) else output).to(hidden.device))
+            if progress:
+                progress()
+        return HiddenStates(outputs, states.tokens)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """What the model makes of the last block's output: (sequences, seq_len, vocab_size)."""
+
+        def hand_on(block: int, _hidden: Tensor, _inputs: _BlockInputs) -> Any:
+            state = hidden.to(self.device)
+            return (state,) if self._returns_tuple else state
+
+        with self._stubbed(hand_on):
+            return self._forward(tokens).logits
+
+    def _forward(self, tokens: Tensor) -> Any:
+        return self.model(input_ids=tokens.to(self.device), use_cache=False)
+
+    def _note_inputs(self, tokens: Tensor) -> None:
+        """Learn what the model gives each block for this shape of batch: masks and positions, not the hidden states."""
+        shape = self._shape(tokens)
+        if shape in self._inputs:
+            return
+        noted: list[_BlockInputs] = []
+
+        def note(block: int, hidden: Tensor, inputs: _BlockInputs) -> Any:
+            noted.append(inputs)
+            if len(noted) == len(self.skeleton.blocks):
+                raise _StopForward
+            return hidden
+
+        with self._stubbed(note), contextlib.suppress(_StopForward):
+            self._forward(tokens)
+        self._inputs[shape] = noted
+
+    @contextlib.contextmanager
+    def _stubbed(self, handle: Callable[[int, Tensor, _BlockInputs], Any]) -> Iterator[None]:
+        """Every block's forward replaced by `handle(block, hidden, other inputs)`."""
+
+        def stub(number: int) -> Callable:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if args:
+                    return handle(number, args[0], _BlockInputs(args[1:], kwargs))
+                others = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                return handle(number, kwargs["hidden_states"], _BlockInputs((), others))
+
+            return forward
+
+        blocks = list(self.skeleton.blocks)
+        for number, block in enumerate(blocks):
+            block.forward = stub(number)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+    def _hidden_device(self, token_batches: list[Tensor]) -> torch.device:
+        """Hidden states stay on the GPU if they take little of it, else in main memory."""
+        if self.device.type != "cuda":
+            return self.device
+        size = getattr(self.model.config, "hidden_size", 4096)
+        needed = sum(t.numel() for t in token_batches) * size * self.dtype.itemsize
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return self.device if needed < free * KEEP_ON_GPU_FRACTION else torch.device("cpu")
+
+    @staticmethod
+    def _shape(tokens: Tensor) -> tuple[int, int]:
+        return tokens.shape[0], tokens.shape[1]

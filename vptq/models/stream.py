@@ -1,0 +1,100 @@
+"""Weights from safetensors files, one tensor or one block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from vptq.errors import CheckpointError
+from vptq.models.headers import TensorEntry, read_headers
+
+FLOAT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+class TensorSource(Protocol):
+    """Anything that gives a model's tensors by the model's own parameter names."""
+
+    def has(self, name: str) -> bool: ...
+
+    def get(self, name: str) -> Tensor: ...
+
+
+class FolderSource:
+    """The tensors of a model folder. Names may differ from the model's by its base prefix, as older checkpoints' do."""
+
+    def __init__(self, folder: Path, base_prefix: str = "") -> None:
+        self.folder = folder
+        self.entries = read_headers(folder)
+        self.base_prefix = base_prefix
+
+    def file_name(self, name: str) -> str | None:
+        """The name in the file of the model's parameter `name`; None if the file lacks it."""
+        prefix = f"{self.base_prefix}." if self.base_prefix else ""
+        candidates = [name]
+        if prefix:
+            candidates.append(name.removeprefix(prefix) if name.startswith(prefix) else prefix + name)
+        return next((c for c in candidates if c in self.entries), None)
+
+    def has(self, name: str) -> bool:
+        return self.file_name(name) is not None
+
+    def entry(self, name: str) -> TensorEntry:
+        found = self.file_name(name)
+        if found is None:
+            raise CheckpointError(f"`{self.folder}` holds no tensor `{name}`", hint="get the model folder anew")
+        return self.entries[found]
+
+    def get(self, name: str) -> Tensor:
+        """The tensor of the model's parameter `name`, on the CPU, in its stored type."""
+        self.entry(name)
+        return self.get_stored(self.file_name(name) or name)
+
+    def get_stored(self, name: str) -> Tensor:
+        """The tensor that the file calls `name`, on the CPU, in its stored type."""
+        entry = self.entries[name]
+        try:
+            with safe_open(entry.file, framework="pt") as file:
+                return file.get_tensor(name)
+        except Exception as error:
+            raise CheckpointError(
+                f"`{entry.file}` can't be read", where=[name, str(error)], hint="get the file anew"
+            ) from error
+
+
+def load_module(
+    module: nn.Module, prefix: str, source: TensorSource, device: torch.device, dtype: torch.dtype, skip: Iterable[str] = ()
+) -> None:
+    """Fill a module's parameters, in place, from `source` under `prefix`; float tensors become `dtype`.
+
+    Only parameters that are on the meta device are filled. `skip`: full names to leave there.
+    """
+    skipped = set(skip)
+    for name, parameter in list(module.named_parameters()):
+        full = f"{prefix}.{name}" if prefix else name
+        if not parameter.is_meta or full in skipped:
+            continue
+        tensor = source.get(full)
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f"`{full}` is {tuple(tensor.shape)} in the file but {tuple(parameter.shape)} by config.json",
+                hint="config.json and weights are not of one model",
+            )
+        tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+        _set_parameter(module, name, tensor)
+
+
+def unload_module(module: nn.Module) -> None:
+    """Back to the meta device, in place: the memory is free again."""
+    for name, parameter in list(module.named_parameters()):
+        _set_parameter(module, name, torch.empty_like(parameter, device="meta"))
+
+
+def _set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, child = name.rpartition(".")
+    owner = module.get_submodule(parent) if parent else module
+    owner.register_parameter(child, nn.Parameter(tensor, requires_grad=False))

@@ -1,0 +1,141 @@
+"""A linear layer that lives in its packed form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vptq.config import FLOAT_BITWIDTH
+from vptq.layer_config import LayerConfig
+from vptq.nn.reference import dequantize_packed
+
+DTYPES = {"int32": torch.int32, "int16": torch.int16}
+
+
+class StoredCodebook(nn.Module):
+    """Holds a codebook's tensors under the names of the file: `weight`, or `packed` and `scales`."""
+
+    weight: Tensor
+    packed: Tensor
+    scales: Tensor
+
+
+class VQuantLinear(nn.Module):
+    """`nn.Linear` on packed indices and codebooks.
+
+    The weight is dequantized for every call, or once with `cache_weight` (faster, and as large as the original).
+
+    Attributes (tensor data, named, shaped and typed as in the file, see `LayerConfig.tensor_shapes`):
+        centroids, res_centroids, outlier_centroids: `StoredCodebook`.
+        indices: (group_num, rows, words) int32. outlier_indices, perm: int16 with the bits of a uint16.
+        weight_scale, weight_bias: (in_features,) float. bias: (out_features,) float or None.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        vector_lens: tuple[int, int],
+        num_centroids: tuple[int, int],
+        num_res_centroids: tuple[int, int],
+        group_num: int,
+        group_size: int,
+        outlier_size: int,
+        indices_as_float: bool = False,
+        enable_norm: bool = True,
+        enable_perm: bool = True,
+        is_indice_packed: bool = True,
+        bias: bool = False,
+        vector_quant_dim: str = "out",
+        bitwidth: int = FLOAT_BITWIDTH,
+        bsize: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        entry = {
+            "in_features": in_features,
+            "out_features": out_features,
+            "vector_lens": list(vector_lens),
+            "num_centroids": list(num_centroids),
+            "num_res_centroids": list(num_res_centroids),
+            "group_num": group_num,
+            "group_size": group_size,
+            "outlier_size": outlier_size,
+            "indices_as_float": indices_as_float,
+            "enable_norm": enable_norm,
+            "enable_perm": enable_perm,
+            "is_indice_packed": is_indice_packed,
+            "bias": bias,
+            "vector_quant_dim": vector_quant_dim,
+            "bitwidth": bitwidth,
+            "bsize": bsize,
+        }
+        self.layer_config = LayerConfig.from_dict(type(self).__name__, entry)
+        self.cache_weight = False
+        self._cached: Tensor | None = None
+        dtype = dtype or torch.get_default_dtype()
+        for name, (shape, kind) in self.layer_config.tensor_shapes().items():
+            tensor = torch.zeros(shape, dtype=DTYPES.get(kind, dtype), device=device)
+            self._register(name, tensor)
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)
+
+    def _register(self, name: str, tensor: Tensor) -> None:
+        owner: nn.Module = self
+        if "." in name:
+            child, name = name.split(".")
+            if not hasattr(self, child):
+                setattr(self, child, StoredCodebook())
+            owner = getattr(self, child)
+        owner.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The packed tensors by their names in the file, without the bias."""
+        return {name: p.detach() for name, p in self.named_parameters() if name != "bias"}
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight, (out_features, in_features), rounded to the type the codebooks are kept in, as `model/` is."""
+        stored = self.stored_tensors()
+        kept = next(t.dtype for t in stored.values() if t.is_floating_point())
+        weight = dequantize_packed(stored, self.layer_config, kept)
+        return weight if dtype is None else weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), in x's type."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self._weight(x), bias)
+
+    def _weight(self, x: Tensor) -> Tensor:
+        cached = self._cached
+        if cached is not None and cached.device == x.device and cached.dtype == x.dtype:
+            return cached
+        with torch.no_grad():
+            weight = self.dequantize(x.dtype)
+        self._cached = weight if self.cache_weight else None
+        return weight
+
+    def set_cache(self, on: bool) -> None:
+        """Keep the dequantized weight from the next call on, or drop it."""
+        self.cache_weight = on
+        self._cached = None
+
+    def extra_repr(self) -> str:
+        c = self.layer_config
+        return (
+            f"in_features={c.in_features}, out_features={c.out_features}, vector_lens={c.vector_lens}, "
+            f"num_centroids={c.num_centroids}, num_res_centroids={c.num_res_centroids}, group_num={c.group_num}, "
+            f"vector_quant_dim={c.vector_quant_dim}, bias={c.bias}"
+        )
+
+
+def cache_weights(model: nn.Module, on: bool = True) -> None:
+    """Let every VQuantLinear of a model keep its dequantized weight (faster, more memory), or stop that."""
+    for module in model.modules():
+        if isinstance(module, VQuantLinear):
+            module.set_cache(on)

@@ -1,0 +1,34 @@
+"""About how long each step takes next to the others, so that one progress bar can tell the time left.
+
+A unit is a billion floating-point operations of a matrix product. One distance of k-means costs as much as about a hundred
+of them: it ends in a comparison, not in a multiply-add.
+"""
+
+from __future__ import annotations
+
+from vptq.pipeline.plan import LinearPlan, RunPlan
+
+UNIT = 1e9
+DISTANCE_COST = 100.0
+USUAL_ITERATIONS = 0.7  # of --kiter, before --ktol stops it
+
+
+def linear_units(linear: LinearPlan) -> float:
+    """k-means, sweep and factorisation of one linear."""
+    config, geometry = linear.config, linear.layer.geometry
+    stages = [config.num_centroids[1]] + ([config.num_res_centroids[1]] if config.has_residual else [])
+    distances = sum(geometry.num_vectors * k * (config.kiter * USUAL_ITERATIONS + 3) for k in stages)
+    products = 4.0 * len(stages) * geometry.out_features * geometry.in_features**2 + 3.0 * geometry.in_features**3
+    return (DISTANCE_COST * distances + products) / UNIT
+
+
+def forward_units(plan: RunPlan, block: int, num_tokens: int) -> float:
+    """One block over some tokens."""
+    weights = sum(linear.bits.num_weights for linear in plan.of_block(block))
+    return 2.0 * weights * num_tokens / UNIT
+
+
+def hessian_units(plan: RunPlan, block: int, num_tokens: int) -> float:
+    """The Hessians of one block, next to its forward pass; at most one a linear."""
+    sizes = {linear.info.in_features for linear in plan.of_block(block)}
+    return sum(4.0 * size**2 * num_tokens for size in sizes) / UNIT

@@ -1,0 +1,159 @@
+"""A run's folder: what was asked, what is done, how to go on.
+
+RUN_FOLDER/job.json       settings, the model's fingerprint, whether the run is finished
+RUN_FOLDER/config.yaml    the resolved settings, for `--config`
+RUN_FOLDER/work/          one safetensors file a finished linear: its packed tensors, its figures in the metadata
+RUN_FOLDER/logs/0.log     one line a linear (one file a worker)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+from torch import Tensor
+
+from vptq.config import QuantConfig
+from vptq.errors import CheckpointError, UsageError
+from vptq.models.files import save_json, save_tensors, writing_to
+
+JOB_VERSION = 1
+# What may differ on resume: where and with how many hands the work is done, not what comes out.
+FREE_ON_RESUME = {"output_dir", "num_gpus", "device", "trust_remote_code"}
+
+
+class Job:
+    """One run folder."""
+
+    def __init__(self, folder: Path, config: QuantConfig, fingerprint: str) -> None:
+        self.folder, self.config, self.fingerprint = folder, config, fingerprint
+        self.work = folder / "work"
+        self.logs = folder / "logs"
+
+    @classmethod
+    def create(cls, config: QuantConfig, fingerprint: str) -> Job:
+        """A new run folder: OUTPUT_DIR/MODEL_NAME/v{main}_c{centroids}/{start time}."""
+        linear = config.linear
+        residual = f"+{linear.num_res_centroids[1]}" if linear.has_residual else ""
+        setting = f"v{linear.vector_len}_c{linear.num_centroids[1]}{residual}"
+        parent = Path(config.output_dir).expanduser() / _model_folder_name(config.model_name) / setting
+        with writing_to(parent):
+            folder = _fresh_folder(parent, time.strftime("%Y-%m-%d-%H-%M-%S"))
+        job = cls(folder, config, fingerprint)
+        with writing_to(folder):
+            job.work.mkdir()
+            job.logs.mkdir()
+            (folder / "config.yaml").write_text(yaml.safe_dump(config.to_flat(), sort_keys=False), encoding="utf-8")
+        job.save(finished=False)
+        return job
+
+    @classmethod
+    def load(cls, folder: Path) -> Job:
+        """The job of an existing run folder. Raises CheckpointError where there is none."""
+        path = folder / "job.json"
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["version"] != JOB_VERSION:
+                raise CheckpointError(f"`{folder}` was made by another version of vptq", hint="start a new run")
+            return cls(folder, QuantConfig.from_flat(stored["settings"]), stored["fingerprint"])
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"`{folder}` is no run folder: it holds no job.json",
+                hint="give the folder named when the run started, OUTPUT_DIR/MODEL_NAME/SETTING/TIME",
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"`{path}` is damaged", where=[str(error)], hint="start a new run") from error
+
+    def save(self, finished: bool) -> None:
+        state = {
+            "version": JOB_VERSION,
+            "settings": self.config.to_flat(),
+            "fingerprint": self.fingerprint,
+            "finished": finished,
+        }
+        save_json(self.folder / "job.json", state)
+
+    @property
+    def finished(self) -> bool:
+        return bool(json.loads((self.folder / "job.json").read_text(encoding="utf-8"))["finished"])
+
+    def work_file(self, linear: str) -> Path:
+        return self.work / f"{linear}.safetensors"
+
+    def save_linear(self, linear: str, tensors: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
+        save_tensors(self.work_file(linear), dict(tensors), {"figures": json.dumps(figures)})
+
+    def figures(self, linear: str) -> dict[str, Any] | None:
+        """The figures of a finished linear; None if it is not finished or its file is damaged."""
+        try:
+            with safe_open(self.work_file(linear), framework="pt") as file:
+                return json.loads((file.metadata() or {})["figures"])
+        except Exception:
+            return None
+
+    def tensors(self, linear: str) -> dict[str, Tensor]:
+        """The packed tensors of a finished linear."""
+        try:
+            with safe_open(self.work_file(linear), framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except Exception as error:
+            raise CheckpointError(
+                f"`{self.work_file(linear)}` can't be read",
+                where=[str(error)],
+                hint=f"delete it and go on with `vptq quantize --resume {self.folder}`",
+            ) from error
+
+    def drop_work(self) -> None:
+        """Free the disk of what the packed checkpoint holds as well."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def log(self, line: str, worker: int = 0) -> None:
+        with writing_to(self.logs), (self.logs / f"{worker}.log").open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
+def check_resume(job: Job, given: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings. given: what the user set this time, by flag name.
+
+    Raises:
+        UsageError: names every setting that differs.
+    """
+    stored = job.config.to_flat()
+    changed = [
+        f"{name}: the run was started with {stored[name]}, not {value}"
+        for name, value in given.items()
+        if name in stored and name not in FREE_ON_RESUME and stored[name] != value
+    ]
+    if changed:
+        raise UsageError(
+            f"a resumed run keeps its settings; `{job.folder}` was started with others",
+            where=changed,
+            hint="leave these flags out to go on, or start a new run without --resume",
+        )
+
+
+def _model_folder_name(model_name: str | None) -> str:
+    if model_name is None:
+        return "demo"
+    path = Path(model_name).expanduser()
+    last = path.resolve().name if path.is_dir() else model_name.rstrip("/").rsplit("/", 1)[-1]
+    return re.sub(r"[^\w.+-]", "_", last) or "model"
+
+
+def _fresh_folder(parent: Path, name: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(1000):
+        folder = parent / (name if attempt == 0 else f"{name}-{attempt}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
+    raise UsageError(f"no free name for a run folder in `{parent}`", hint="give another --output_dir")

@@ -1,0 +1,162 @@
+"""The plan of a run: every linear's setting and bits, and all faults at once, before any weight is read."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from vptq.bits import LinearBits, ModelBits, linear_bits
+from vptq.config import DEFAULT_SEQ_LEN, LinearConfig, QuantConfig
+from vptq.data import check_dataset
+from vptq.errors import UsageError
+from vptq.geometry import geometry_warnings, plan_geometry
+from vptq.layer_config import LayerConfig
+from vptq.models.architecture import DEMO, LinearInfo, Skeleton, check_linear_weights
+from vptq.models.headers import DTYPE_BITS
+from vptq.models.stream import FolderSource
+
+DISK_SLACK = 1.1
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """What will be done to one linear."""
+
+    info: LinearInfo
+    config: LinearConfig
+    layer: LayerConfig
+    bits: LinearBits
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A whole run, worked out from shapes.
+
+    Attributes:
+        linears: in module order. calibration_dataset, seq_len: resolved. eval_datasets: text to measure on, in order.
+        bits: predicted, of linears and file. warnings: what works but the user should know.
+    """
+
+    linears: tuple[LinearPlan, ...]
+    calibration_dataset: str
+    seq_len: int
+    eval_datasets: tuple[str, ...]
+    bits: ModelBits
+    warnings: tuple[str, ...]
+
+    def of_block(self, block: int) -> list[LinearPlan]:
+        return [linear for linear in self.linears if linear.info.block == block]
+
+
+def make_plan(config: QuantConfig, skeleton: Skeleton, source: FolderSource) -> RunPlan:
+    """Work out the run.
+
+    Raises:
+        UsageError: with everything that does not fit, listed.
+    """
+    config.validate()
+    faults = check_linear_weights(skeleton, source)
+    if faults:
+        raise UsageError(
+            f"the weights in `{skeleton.folder}` can't be quantized",
+            where=faults,
+            hint="get the folder anew, or its unquantized original",
+        )
+    linears = _plan_linears(config.linear, skeleton)
+    seq_len = _resolve_seq_len(config, skeleton)
+    datasets = _eval_datasets(config)
+    calibration = config.calibration.dataset or (str(DEMO / "calibration.txt") if config.model_name is None else "c4")
+    for dataset in (calibration, *datasets):
+        check_dataset(dataset)
+    bits = _file_bits(linears, skeleton, source)
+    _check_disk(config, bits, source)
+    return RunPlan(linears, calibration, seq_len, datasets, bits, tuple(_warnings(config, linears)))
+
+
+def _plan_linears(config: LinearConfig, skeleton: Skeleton) -> tuple[LinearPlan, ...]:
+    plans, faults = [], []
+    float_bits = skeleton.dtype.itemsize * 8
+    for info in skeleton.linears():
+        geometry, reasons = plan_geometry(info.out_features, info.in_features, config)
+        faults += [f"{info.name} ({info.out_features}x{info.in_features}): {reason}" for reason in reasons]
+        if geometry is not None:
+            bits = linear_bits(info.name, config, geometry, float_bits)
+            plans.append(LinearPlan(info, config, LayerConfig.of(config, geometry, info.has_bias), bits))
+    if faults:
+        count = len({fault.split(" ")[0] for fault in faults})
+        raise UsageError(
+            f"the settings do not fit {count} linears",
+            where=faults,
+            hint="choose a --group_num that divides in_features, or set --npercent above 0 so that outliers take the rest",
+        )
+    return tuple(plans)
+
+
+def _resolve_seq_len(config: QuantConfig, skeleton: Skeleton) -> int:
+    longest = skeleton.max_seq_len
+    asked = config.calibration.seq_len
+    if asked is None:
+        return min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
+    if longest is not None and asked > longest:
+        raise UsageError(
+            f"seq_len is {asked}, the model takes at most {longest} tokens", hint=f"set --seq_len {longest} or less"
+        )
+    return asked
+
+
+def _eval_datasets(config: QuantConfig) -> tuple[str, ...]:
+    names = []
+    if config.eval or config.new_eval:
+        names.append("wikitext2")
+    if config.eval:
+        names.append("c4")
+    if config.new_eval:
+        names.append("c4-new")
+    if config.eval_dataset:
+        names.append(config.eval_dataset)
+    if config.model_name is None and not names:
+        names.append(str(DEMO / "evaluation.txt"))
+    return tuple(dict.fromkeys(names))
+
+
+def _file_bits(linears: tuple[LinearPlan, ...], skeleton: Skeleton, source: FolderSource) -> ModelBits:
+    quantized = {f"{linear.name}.weight" for linear in linears}
+    files = {source.file_name(name) for name in quantized}
+    others = [entry for name, entry in source.entries.items() if name not in files]
+    weights = sum(e.num_bytes * 8 // DTYPE_BITS.get(e.dtype, 16) for e in others)
+    return ModelBits(tuple(linear.bits for linear in linears), sum(e.num_bytes for e in others) * 8, weights)
+
+
+def _check_disk(config: QuantConfig, bits: ModelBits, source: FolderSource) -> None:
+    """Work files, packed checkpoint and dequantized checkpoint must fit; say so before hours of work."""
+    original = sum(entry.num_bytes for entry in source.entries.values())
+    needed = sum(b.stored for b in bits.linears) // 8
+    needed += bits.file_bits // 8 if config.save_packed_model else 0
+    needed += original if config.save_model else 0
+    existing = Path(config.output_dir).expanduser().absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if needed * DISK_SLACK > free:
+        raise UsageError(
+            f"the disk is full: the results need about {needed * DISK_SLACK / 1e9:.1f} GB, `{existing}` has {free / 1e9:.1f} GB free",
+            hint="free some space, or give another --output_dir",
+        )
+
+
+def _warnings(config: QuantConfig, linears: tuple[LinearPlan, ...]) -> list[str]:
+    found = config.linear.loader_warnings()
+    wasteful: dict[str, list[str]] = {}
+    for linear in linears:
+        for warning in geometry_warnings(linear.layer.geometry, linear.config):
+            wasteful.setdefault(warning, []).append(linear.name)
+    for warning, names in wasteful.items():
+        found.append(f"{len(names)} linears such as {names[0]}: {warning}")
+    if config.calibration.hessian_path and config.calibration.dataset is None and config.model_name is not None:
+        found.append("no --dataset given: where --hessian_path holds no Hessians, they are taken over c4")
+    return found

@@ -1,0 +1,354 @@
+"""The order of things in a `quantize` run.
+
+plan -> tokens -> block by block: inputs, Hessians, linears, each safe on disk before the next -> checkpoints -> perplexity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vptq.bits import ModelBits, checkpoint_bits
+from vptq.calibration.hessian import BlockHessians, Hessian
+from vptq.calibration.hessian_store import HessianStore
+from vptq.checkpoint.reader import DequantizedSource, is_packed, packed_tensors
+from vptq.checkpoint.writer import write_dequantized, write_packed
+from vptq.config import OFF, QuantConfig
+from vptq.data import TokenSequences, calibration_sequences, evaluation_stream, load_tokenizer
+from vptq.errors import UsageError
+from vptq.evaluation.perplexity import Perplexity, cut_windows, progress_steps, streamed_perplexity, token_batches
+from vptq.models.architecture import Skeleton, fingerprint, load_skeleton, resolve_folder
+from vptq.models.files import save_json
+from vptq.models.runner import BlockRunner, HiddenStates
+from vptq.models.stream import FolderSource, TensorSource
+from vptq.nn.reference import dequantize_packed
+from vptq.pipeline.cost import forward_units, hessian_units, linear_units
+from vptq.pipeline.job import Job, check_resume
+from vptq.pipeline.plan import LinearPlan, RunPlan, make_plan
+from vptq.pipeline.progress import Progress, Silent
+from vptq.pipeline.task import LinearTask
+from vptq.pipeline.workers import make_executor
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave.
+
+    Attributes:
+        folder: the run folder. figures: of every linear, in module order. bits: of the packed checkpoint, or as planned.
+        perplexities: (dataset, original, quantized). warnings: of the plan, and what was mended on the way.
+    """
+
+    folder: Path
+    figures: tuple[dict[str, Any], ...]
+    bits: ModelBits
+    perplexities: tuple[tuple[str, Perplexity, Perplexity], ...]
+    warnings: tuple[str, ...]
+    seconds: float
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """cuda where there is one, unless told otherwise. Raises UsageError for a device that is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"no device is called `{name}`", hint="cuda, cuda:0, cuda:1, ... or cpu") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device `{name}` is not there", where=[f"{torch.cuda.device_count()} CUDA devices"], hint="--device cpu"
+        )
+    return device
+
+
+def compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """Float type that blocks run in: the model's own on a GPU, float32 on a CPU."""
+    return stored if device.type == "cuda" else torch.float32
+
+
+def quantize_model(
+    config: QuantConfig,
+    *,
+    resume: Path | None = None,
+    given: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Quantize a model from calibration to checkpoint.
+
+    Args:
+        config: the wishes; with `resume` those of the run folder hold, but for where the work is done.
+        resume: run folder to go on with. given: what the user set this time, checked against that run's settings.
+    Raises:
+        UsageError: bad input, before any work. VptqError: a fault in the run, which can be resumed.
+    """
+    job = None
+    if resume is not None:
+        job = Job.load(resume)
+        check_resume(job, given or {})
+        config = _with_free_settings(job.config, config)
+    config.validate()
+    return _Run(config, job, progress or Silent()).execute()
+
+
+def _with_free_settings(stored: QuantConfig, now: QuantConfig) -> QuantConfig:
+    flat = stored.to_flat() | {name: getattr(now, name) for name in ("num_gpus", "device", "trust_remote_code")}
+    return QuantConfig.from_flat(flat)
+
+
+class _Run:
+    """One execution. Everything that can be refused is refused in `__init__`, before anything is written."""
+
+    def __init__(self, config: QuantConfig, job: Job | None, progress: Progress) -> None:
+        self.started = time.perf_counter()
+        self.config, self.progress = config, progress
+        self.device = resolve_device(config.device)
+        folder = resolve_folder(config.model_name)
+        self.skeleton: Skeleton = load_skeleton(folder, config.trust_remote_code)
+        if is_packed(folder):
+            raise UsageError(f"`{folder}` is quantized already", hint="give the original model")
+        self.source: FolderSource = self.skeleton.source()
+        self.dtype = compute_dtype(self.device, self.skeleton.dtype)
+        self.plan: RunPlan = make_plan(config, self.skeleton, self.source)
+        self.fingerprint = fingerprint(self.source)
+        if job is not None and job.fingerprint != self.fingerprint:
+            raise UsageError(f"`{folder}` is not the model that `{job.folder}` was started with", hint="start a new run")
+        hessian_path = config.calibration.hessian_path
+        self.store = HessianStore(Path(hessian_path).expanduser(), self.fingerprint) if hessian_path else None
+        self.kept = self._find_kept_hessians()
+        done = {linear.name for linear in self.plan.linears if job and job.figures(linear.name) is not None}
+        self.todo = [linear for linear in self.plan.linears if linear.name not in done]
+        self.tokens = self._calibration_tokens()
+        self.windows = self._evaluation_windows()
+        self.job = job or Job.create(config, self.fingerprint)
+        self.executor = make_executor(self.job, self.source, self.device, config.num_gpus)
+        self.figures = {name: self.job.figures(name) or {} for name in done}
+
+    # -- before any work ------------------------------------------------------------------------------------------------
+
+    def _find_kept_hessians(self) -> dict[str, Path]:
+        """Linear name -> Hessian file, for those that --hessian_path holds. Sizes are checked here, all at once."""
+        if self.store is None or not self.store.folder.exists():
+            return {}
+        found: dict[str, Path] = {}
+        for block in range(len(self.skeleton.blocks)):
+            linears = {linear.info.suffix: linear for linear in self.plan.of_block(block)}
+            for suffix, path in self.store.find(block, list(linears)).items():
+                if suffix in linears:
+                    found[linears[suffix].name] = path
+        for path in set(found.values()):
+            size = next(linear.info.in_features for linear in self.plan.linears if found.get(linear.name) == path)
+            self.store.check_size(path, size)
+        return found
+
+    @property
+    def last_forward_block(self) -> int:
+        """The last block whose inputs are needed: some linear of it has no Hessian yet. -1 if none."""
+        return max((linear.info.block for linear in self.todo if linear.name not in self.kept), default=-1)
+
+    def _calibration_tokens(self) -> TokenSequences | None:
+        if self.last_forward_block < 0:
+            return None
+        calibration = self.config.calibration
+        tokenizer = load_tokenizer(self.skeleton.folder, self.config.trust_remote_code)
+        return calibration_sequences(
+            self.plan.calibration_dataset,
+            tokenizer,
+            nsamples=calibration.nsamples,
+            seq_len=self.plan.seq_len,
+            seed=calibration.seed,
+        )
+
+    def _evaluation_windows(self) -> dict[str, Tensor]:
+        if not self.plan.eval_datasets:
+            return {}
+        tokenizer = load_tokenizer(self.skeleton.folder, self.config.trust_remote_code)
+        limit = None if self.config.eval_nsamples == OFF else self.config.eval_nsamples
+        return {
+            name: cut_windows(
+                evaluation_stream(name, tokenizer), seq_len=self.plan.seq_len, stride=None, limit=limit, dataset=name
+            )
+            for name in self.plan.eval_datasets
+        }
+
+    # -- the work -------------------------------------------------------------------------------------------------------
+
+    def execute(self) -> RunResult:
+        self._announce()
+        try:
+            self._quantize_blocks()
+        finally:
+            self.executor.close()
+        self._write_checkpoints()
+        perplexities = self._evaluate()
+        return self._conclude(perplexities)
+
+    def _announce(self) -> None:
+        for warning in self.plan.warnings:
+            self.progress.note(f"warning: {warning}")
+            self.job.log(f"warning: {warning}")
+        if self.kept and self.store is not None:
+            origin = self.store.provenance(next(iter(self.kept.values())))
+            self.progress.note(f"Hessians of {len(self.kept)} linears come from `{self.store.folder}` ({origin})")
+        self.progress.note(f"run folder: {self.job.folder}")
+        total = sum(linear_units(linear) for linear in self.plan.linears)
+        done = total - sum(linear_units(linear) for linear in self.todo)
+        for block in range(self.last_forward_block + 1):
+            total += self._forward_units(block)
+        total += 2 * sum(self._evaluation_units(windows) for windows in self.windows.values())
+        self.progress.start(total, done)
+
+    def _forward_units(self, block: int) -> float:
+        assert self.tokens is not None
+        count = self.tokens.tokens.numel()
+        return forward_units(self.plan, block, count) + (hessian_units(self.plan, block, count) if self._needs(block) else 0)
+
+    def _evaluation_units(self, windows: Tensor) -> float:
+        return sum(forward_units(self.plan, block, windows.numel()) for block in range(len(self.skeleton.blocks)))
+
+    def _needs(self, block: int) -> list[LinearPlan]:
+        """Linears of a block that are to do and whose Hessian must be made."""
+        return [linear for linear in self.todo if linear.info.block == block and linear.name not in self.kept]
+
+    def _quantize_blocks(self) -> None:
+        runner, states = None, None
+        if self.tokens is not None:
+            self.progress.phase("calibrating")
+            runner = BlockRunner(self.skeleton, self.source, self.device, self.dtype)
+            states = runner.embed(token_batches(self.tokens.tokens))
+        for block in range(len(self.skeleton.blocks)):
+            fresh: list[Hessian] = []
+            if runner is not None and states is not None and block <= self.last_forward_block:
+                self.progress.phase(f"block {block}: calibrating")
+                fresh, states = self._run_block(runner, states, block)
+            self._quantize_block(block, fresh)
+        if runner is not None:
+            runner.unload()
+
+    def _run_block(self, runner: BlockRunner, states: HiddenStates, block: int) -> tuple[list[Hessian], HiddenStates]:
+        """Inputs of the next block, and on the way this block's Hessians where they are needed."""
+        runner.load_block(block)
+        units = self._forward_units(block) / len(states.batches)
+        watcher = BlockHessians(self.skeleton.block_name(block))
+        watching = watcher.watching(self.skeleton.blocks[block]) if self._needs(block) else contextlib.nullcontext()
+        with watching:
+            states = runner.run_block(block, states, lambda: self.progress.advance(units))
+        runner.unload_block(block)
+        fresh = watcher.collect()
+        if self.store is not None and self.tokens is not None:
+            calibration = self.config.calibration
+            provenance = {
+                "dataset": self.tokens.dataset,
+                "nsamples": str(self.tokens.num_sequences),
+                "seq_len": str(self.tokens.seq_len),
+                "seed": str(calibration.seed),
+            }
+            for hessian in fresh:
+                self.store.save(block, hessian, provenance)
+        return fresh, states
+
+    def _quantize_block(self, block: int, fresh: list[Hessian]) -> None:
+        todo = [linear for linear in self.todo if linear.info.block == block]
+        if not todo:
+            return
+        self.progress.phase(f"block {block}: quantizing")
+        made = {suffix: hessian.matrix for hessian in fresh for suffix in hessian.linears}
+        loaded: dict[Path, Tensor] = {}
+        hessians: dict[str, Tensor] = {}
+        for linear in todo:
+            path = self.kept.get(linear.name)
+            if path is not None and self.store is not None:
+                if path not in loaded:
+                    loaded[path] = self.store.load(path, linear.info.in_features)
+                hessians[linear.info.suffix] = loaded[path]
+            elif linear.info.suffix in made:
+                hessians[linear.info.suffix] = made[linear.info.suffix]
+        unseen = [linear.name for linear in todo if linear.info.suffix not in hessians]
+        if unseen:
+            raise UsageError(
+                "no calibration token reaches these linears",
+                where=unseen,
+                hint="calibrate with more text (--nsamples, --dataset)",
+            )
+        units = {linear.name: linear_units(linear) for linear in todo}
+        for figures in self.executor.run([LinearTask(linear, self.skeleton.dtype) for linear in todo], hessians):
+            self.figures[figures["name"]] = figures
+            self.progress.advance(units[figures["name"]])
+
+    # -- what comes out -------------------------------------------------------------------------------------------------
+
+    def _write_checkpoints(self) -> None:
+        layers = {linear.name: linear.layer for linear in self.plan.linears}
+        packed, model = self.job.folder / "packed_model", self.job.folder / "model"
+        if self.config.save_packed_model and not packed.exists():
+            self.progress.phase("writing packed_model")
+            write_packed(packed, self.source, layers, ((name, self._packed(name)) for name in layers))
+        if self.config.save_model and not model.exists():
+            self.progress.phase("writing model")
+            write_dequantized(model, self.source, self._dequantized())
+
+    def _packed(self, name: str) -> dict[str, Tensor]:
+        """A finished linear's tensors, from its work file, or from the packed checkpoint once that has taken its place."""
+        if self.job.work_file(name).exists():
+            return self.job.tensors(name)
+        folder = FolderSource(self.job.folder / "packed_model", self.source.base_prefix)
+        layer = next(linear.layer for linear in self.plan.linears if linear.name == name)
+        return packed_tensors(folder, name, layer)
+
+    def _dequantized(self) -> Iterator[tuple[str, Tensor]]:
+        for linear in self.plan.linears:
+            tensors = {key: t.to(self.device) for key, t in self._packed(linear.name).items()}
+            yield linear.name, dequantize_packed(tensors, linear.layer, self.skeleton.dtype).cpu()
+
+    def _evaluate(self) -> tuple[tuple[str, Perplexity, Perplexity], ...]:
+        if not self.windows:
+            return ()
+        layers = {linear.name: linear.layer for linear in self.plan.linears}
+        quantized = DequantizedSource(self.source, layers, self._packed, self.skeleton.dtype)
+        before = self._perplexities("original", self.source)
+        after = self._perplexities("quantized", quantized)
+        return tuple((name, before[name], after[name]) for name in self.windows)
+
+    def _perplexities(self, which: str, source: TensorSource) -> dict[str, Perplexity]:
+        self.progress.phase(f"perplexity of the {which} model")
+        runner = BlockRunner(self.skeleton, source, self.device, self.dtype)
+        found = {}
+        for name, windows in self.windows.items():
+            units = self._evaluation_units(windows) / progress_steps(runner, windows)
+
+            def advance(units: float = units) -> None:
+                self.progress.advance(units)
+
+            found[name] = streamed_perplexity(runner, windows, stride=None, dataset=name, progress=advance)
+        runner.unload()
+        return found
+
+    def _conclude(self, perplexities: tuple[tuple[str, Perplexity, Perplexity], ...]) -> RunResult:
+        packed = self.job.folder / "packed_model"
+        bits = checkpoint_bits(packed) if packed.exists() else self.plan.bits
+        figures = tuple(self.figures[linear.name] for linear in self.plan.linears)
+        if perplexities:
+            results: dict[str, Any] = {f"ctx_{self.plan.seq_len}": {}}
+            for name, before, after in perplexities:
+                results[f"ctx_{self.plan.seq_len}"][name] = {"original": before.to_dict(), "quantized": after.to_dict()}
+            results["bits"] = {k: v for k, v in bits.to_dict().items() if k.endswith("per_weight")}
+            save_json(self.job.folder / "ppl_results.json", results)
+        save_json(self.job.folder / "linears.json", list(figures))
+        self.job.save(finished=True)
+        if packed.exists():
+            self.job.drop_work()
+        self.progress.finish()
+        mended = [
+            f"{f['name']}: damping raised to {f['damping_frac']:g} ({f['damping_retries']} retries)"
+            for f in figures
+            if f.get("damping_retries")
+        ]
+        seconds = time.perf_counter() - self.started
+        return RunResult(self.job.folder, figures, bits, perplexities, (*self.plan.warnings, *mended), seconds)

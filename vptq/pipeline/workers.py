@@ -1,0 +1,118 @@
+"""Who quantizes the linears of a block: this process, or worker processes, one a GPU.
+
+Workers read weights and Hessians from files; only names and settings go through pipes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vptq.errors import RunError, VptqError
+from vptq.models.files import save_tensors
+from vptq.models.stream import FolderSource
+from vptq.pipeline.job import Job
+from vptq.pipeline.task import LinearTask, run_task
+
+
+class Executor(Protocol):
+    """Runs the tasks of one block; yields each one's figures as it is done."""
+
+    def run(self, tasks: list[LinearTask], hessians: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]: ...
+
+    def close(self) -> None: ...
+
+
+class InProcess:
+    """One task after the other, here."""
+
+    def __init__(self, job: Job, source: FolderSource, device: torch.device) -> None:
+        self.job, self.source, self.device = job, source, device
+
+    def run(self, tasks: list[LinearTask], hessians: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
+        for task in tasks:
+            yield run_task(task, self.source, hessians[task.plan.info.suffix], self.job, self.device, worker=0)
+
+    def close(self) -> None:
+        pass
+
+
+class Processes:
+    """Tasks shared out to `count` spawned processes; worker i takes GPU i, or the CPU where there is none."""
+
+    def __init__(self, job: Job, source: FolderSource, device: torch.device, count: int) -> None:
+        context = torch.multiprocessing.get_context("spawn")
+        numbers = context.Queue()
+        for number in range(count):
+            numbers.put(number)
+        gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+        threads = max(1, (os.cpu_count() or 1) // count)
+        setup = (numbers, gpus, threads, job.folder, source.folder, source.base_prefix)
+        self.folder = job.folder
+        self.pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker, initargs=setup)
+
+    def run(self, tasks: list[LinearTask], hessians: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix="hessians-") as shared:
+            files = _share(Path(shared), hessians)
+            costly_first = sorted(tasks, key=lambda t: -t.plan.bits.num_weights)
+            futures = [self.pool.submit(_run_in_worker, task, files[task.plan.info.suffix]) for task in costly_first]
+            try:
+                for future in as_completed(futures):
+                    yield future.result()
+            except BrokenProcessPool:
+                raise RunError(
+                    "a worker process died (killed, or out of memory)",
+                    hint=f"go on with `vptq quantize --resume {self.folder}`, with fewer workers (--num_gpus) if memory ran out",
+                ) from None
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+def make_executor(job: Job, source: FolderSource, device: torch.device, num_gpus: int) -> Executor:
+    """One process where one is asked for. Raises VptqError for more GPUs than there are."""
+    available = torch.cuda.device_count() if device.type == "cuda" else None
+    if available is not None and num_gpus > available:
+        raise VptqError(f"num_gpus is {num_gpus}, there are {available} GPUs", hint=f"set --num_gpus {available}")
+    return InProcess(job, source, device) if num_gpus == 1 else Processes(job, source, device, num_gpus)
+
+
+def _share(folder: Path, hessians: Mapping[str, Tensor]) -> dict[str, Path]:
+    """Hessians as files, each distinct one once."""
+    files: dict[int, Path] = {}
+    for matrix in hessians.values():
+        if id(matrix) not in files:
+            files[id(matrix)] = folder / f"{len(files)}.safetensors"
+            save_tensors(files[id(matrix)], {"hessian": matrix.cpu()})
+    return {suffix: files[id(matrix)] for suffix, matrix in hessians.items()}
+
+
+_worker: dict[str, Any] = {}  # what one worker process is given once, at its start
+
+
+def _start_worker(numbers: Any, gpus: int, threads: int, run_folder: Path, model_folder: Path, prefix: str) -> None:
+    number = numbers.get()
+    if gpus:
+        device = torch.device("cuda", number % gpus)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(threads)
+    _worker.update(number=number, device=device, job=Job.load(run_folder), source=FolderSource(model_folder, prefix))
+
+
+def _run_in_worker(task: LinearTask, hessian_file: Path) -> dict[str, Any]:
+    with contextlib.suppress(KeyboardInterrupt):
+        hessian = load_file(hessian_file)["hessian"]
+        return run_task(task, _worker["source"], hessian, _worker["job"], _worker["device"], _worker["number"])
+    raise RunError("stopped")
