@@ -86,7 +86,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def encode(tokenizer, texts: list[str]) -> torch.Tensor:
     ids: list[int] = []
     for text in texts:
-        ids += tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+        ids += [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     return torch.tensor(ids)
 
 

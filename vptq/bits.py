@@ -61,11 +61,11 @@ class ModelBits:
 
     @property
     def ideal_bits_per_weight(self) -> float:
-        return sum(linear.ideal for linear in self.linears) / self.num_weights
+        return _ratio(sum(linear.ideal for linear in self.linears), self.num_weights)
 
     @property
     def stored_bits_per_weight(self) -> float:
-        return sum(linear.stored for linear in self.linears) / self.num_weights
+        return _ratio(sum(linear.stored for linear in self.linears), self.num_weights)
 
     @property
     def file_bits(self) -> int:
@@ -73,7 +73,7 @@ class ModelBits:
 
     @property
     def file_bits_per_weight(self) -> float:
-        return self.file_bits / (self.num_weights + self.other_weights)
+        return _ratio(self.file_bits, self.num_weights + self.other_weights)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -88,6 +88,11 @@ class ModelBits:
                 "file": self.file_bits,
             },
         }
+
+
+def _ratio(bits: int, weights: int) -> float:
+    """To 16 significant digits, what a float64 can be trusted for."""
+    return float(f"{bits / weights:.16g}")
 
 
 def linear_bits(name: str, config: LinearConfig, geometry: Geometry, float_bits: int = 16) -> LinearBits:

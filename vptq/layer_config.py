@@ -126,7 +126,7 @@ class LayerConfig:
                 f"`{name}` has unpacked indices, a form that is not read", hint="pack the checkpoint with the tool that made it"
             )
         known = {f for f in cls.__dataclass_fields__ if f in entry}
-        values = {key: tuple(entry[key]) if isinstance(entry[key], list) else entry[key] for key in known}
+        values: dict[str, Any] = {key: tuple(entry[key]) if isinstance(entry[key], list) else entry[key] for key in known}
         config = cls(**values)
         config._check(name)
         return config

@@ -2,7 +2,8 @@
 
 Ours: `{block}_{label}.safetensors` with one tensor `hessian` (in, in) float32 and, in its metadata, the linears it serves,
 the tokens it was taken over, the text, and the model's fingerprint.
-Published: `{block}_{qkv|o|up|down}.pt` with flatH (lower triangle, row by row), mu, n and ct; second moment = sym(flatH) + mu muᵀ.
+Published: `{block}_{qkv|o|up|down}.pt` with flatH (lower triangle, row by row), mu, n and ct; the second moment is
+sym(flatH) + mu muᵀ.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vptq.layer_config import LayerConfig
 from vptq.config import FLOAT_BITWIDTH
 from vptq.errors import CheckpointError
+from vptq.layer_config import LayerConfig
 from vptq.nn.packing import from_uint16_bits, pack_bits, to_uint16_bits, unpack_bits
 from vptq.nn.reference import unpack_codebook
 from vptq.quantize.result import Codebook, QuantizedWeight

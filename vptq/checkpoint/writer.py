@@ -96,7 +96,7 @@ class CheckpointWriter:
         if count == 1:
             os.replace(self._shard_path(0), self.partial / SINGLE_NAME)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards):
             file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             os.replace(self._shard_path(number), self.partial / file)

@@ -1,7 +1,7 @@
 """Perplexity: one definition for original, dequantized and packed models.
 
-The text is one run of tokens, cut into windows of `seq_len`, each starting `stride` after the last; the last window is whole
-or left out. A window's first token predicts nothing of itself and is not counted; with `stride` under `seq_len` only the last
+The text is one run of tokens, cut into windows of `seq_len`, each starting `stride` after the last; the last window is
+whole or left out. A window's first token predicts nothing of itself and is not counted; with `stride` under `seq_len` only the last
 `stride` tokens of a window are, so that no token counts twice. perplexity = exp(mean negative log-likelihood of counted tokens).
 """
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from vptq.errors import CheckpointError, UsageError
-from vptq.models.headers import DTYPE_BITS, read_config
+from vptq.models.headers import DTYPE_BITS, read_config, read_headers
+from vptq.models.shapes import LinearShape, ModelShapes
 from vptq.models.stream import FLOAT_TYPES, FolderSource
 
 DEMO = Path(__file__).parent / "demo"
@@ -121,9 +122,21 @@ def _stored_dtype(folder: Path, config: Any) -> torch.dtype:
     stated = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     if isinstance(stated, torch.dtype) and stated.is_floating_point:
         return stated
-    entries = FolderSource(folder).entries.values()
-    kinds = [e.dtype for e in entries if e.dtype in FLOAT_TYPES]
+    try:
+        kinds = [e.dtype for e in read_headers(folder).values() if e.dtype in FLOAT_TYPES]
+    except CheckpointError:  # config.json alone is enough to count bits
+        return torch.float16
     return FLOAT_TYPES[max(set(kinds), key=kinds.count)] if kinds else torch.float32
+
+
+def skeleton_shapes(folder: Path) -> ModelShapes:
+    """Shapes of any model that transformers builds, for types that `shapes.can_derive` does not know."""
+    skeleton = load_skeleton(folder)
+    linears = tuple(LinearShape(i.name, i.out_features, i.in_features) for i in skeleton.linears())
+    tied = tied_names(skeleton.model)
+    total = sum(p.numel() for name, p in skeleton.model.named_parameters() if name not in tied)
+    quantized = sum(linear.out_features * linear.in_features for linear in linears)
+    return ModelShapes(linears, total - quantized, skeleton.dtype.itemsize * 8)
 
 
 def tied_names(model: Any) -> set[str]:

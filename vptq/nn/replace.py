@@ -24,9 +24,8 @@ def replace_linears(model: nn.Module, layers: dict[str, LayerConfig], device: st
             faults.append(f"{name}: the model has no such module")
             continue
         if isinstance(old, nn.Linear) and (old.out_features, old.in_features) != (config.out_features, config.in_features):
-            faults.append(
-                f"{name}: the model has {old.out_features}x{old.in_features}, the checkpoint {config.out_features}x{config.in_features}"
-            )
+            sizes = f"{old.out_features}x{old.in_features}, the checkpoint {config.out_features}x{config.in_features}"
+            faults.append(f"{name}: the model has {sizes}")
             continue
         dtype = old.weight.dtype if isinstance(old, nn.Linear) else None
         parent, _, child = name.rpartition(".")

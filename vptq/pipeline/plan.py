@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vptq.bits import LinearBits, ModelBits, linear_bits
-from vptq.config import DEFAULT_SEQ_LEN, LinearConfig, QuantConfig
+from vptq.config import LinearConfig, QuantConfig
 from vptq.data import check_dataset
 from vptq.errors import UsageError
 from vptq.geometry import geometry_warnings, plan_geometry
@@ -15,6 +15,7 @@ from vptq.layer_config import LayerConfig
 from vptq.models.architecture import DEMO, LinearInfo, Skeleton, check_linear_weights
 from vptq.models.headers import DTYPE_BITS
 from vptq.models.stream import FolderSource
+from vptq.pipeline.evaluate import resolve_seq_len
 
 DISK_SLACK = 1.1
 
@@ -68,7 +69,7 @@ def make_plan(config: QuantConfig, skeleton: Skeleton, source: FolderSource) -> 
             hint="get the folder anew, or its unquantized original",
         )
     linears = _plan_linears(config.linear, skeleton)
-    seq_len = _resolve_seq_len(config, skeleton)
+    seq_len = resolve_seq_len(config.calibration.seq_len, skeleton.max_seq_len)
     datasets = _eval_datasets(config)
     calibration = config.calibration.dataset or (str(DEMO / "calibration.txt") if config.model_name is None else "c4")
     for dataset in (calibration, *datasets):
@@ -95,18 +96,6 @@ def _plan_linears(config: LinearConfig, skeleton: Skeleton) -> tuple[LinearPlan,
             hint="choose a --group_num that divides in_features, or set --npercent above 0 so that outliers take the rest",
         )
     return tuple(plans)
-
-
-def _resolve_seq_len(config: QuantConfig, skeleton: Skeleton) -> int:
-    longest = skeleton.max_seq_len
-    asked = config.calibration.seq_len
-    if asked is None:
-        return min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
-    if longest is not None and asked > longest:
-        raise UsageError(
-            f"seq_len is {asked}, the model takes at most {longest} tokens", hint=f"set --seq_len {longest} or less"
-        )
-    return asked
 
 
 def _eval_datasets(config: QuantConfig) -> tuple[str, ...]:
@@ -144,7 +133,7 @@ def _check_disk(config: QuantConfig, bits: ModelBits, source: FolderSource) -> N
     free = shutil.disk_usage(existing).free
     if needed * DISK_SLACK > free:
         raise UsageError(
-            f"the disk is full: the results need about {needed * DISK_SLACK / 1e9:.1f} GB, `{existing}` has {free / 1e9:.1f} GB free",
+            f"the disk is full: results need about {needed * DISK_SLACK / 1e9:.1f} GB, `{existing}` has {free / 1e9:.1f} GB",
             hint="free some space, or give another --output_dir",
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 
@@ -9,6 +10,8 @@ class Progress(Protocol):
     """A listener. Work is counted in units that take about equal time, for the whole run at once."""
 
     def start(self, total: float, done: float) -> None: ...
+
+    def run_folder(self, folder: Path) -> None: ...
 
     def advance(self, units: float) -> None: ...
 
@@ -23,6 +26,9 @@ class Silent:
     """Nobody listens."""
 
     def start(self, total: float, done: float) -> None:
+        pass
+
+    def run_folder(self, folder: Path) -> None:
         pass
 
     def advance(self, units: float) -> None:

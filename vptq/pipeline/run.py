@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vptq.bits import ModelBits, checkpoint_bits
@@ -30,6 +29,7 @@ from vptq.models.runner import BlockRunner, HiddenStates
 from vptq.models.stream import FolderSource, TensorSource
 from vptq.nn.reference import dequantize_packed
 from vptq.pipeline.cost import forward_units, hessian_units, linear_units
+from vptq.pipeline.device import compute_dtype, resolve_device
 from vptq.pipeline.job import Job, check_resume
 from vptq.pipeline.plan import LinearPlan, RunPlan, make_plan
 from vptq.pipeline.progress import Progress, Silent
@@ -52,26 +52,6 @@ class RunResult:
     perplexities: tuple[tuple[str, Perplexity, Perplexity], ...]
     warnings: tuple[str, ...]
     seconds: float
-
-
-def resolve_device(name: str | None) -> torch.device:
-    """cuda where there is one, unless told otherwise. Raises UsageError for a device that is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"no device is called `{name}`", hint="cuda, cuda:0, cuda:1, ... or cpu") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"device `{name}` is not there", where=[f"{torch.cuda.device_count()} CUDA devices"], hint="--device cpu"
-        )
-    return device
-
-
-def compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """Float type that blocks run in: the model's own on a GPU, float32 on a CPU."""
-    return stored if device.type == "cuda" else torch.float32
 
 
 def quantize_model(
@@ -191,13 +171,13 @@ class _Run:
         return self._conclude(perplexities)
 
     def _announce(self) -> None:
+        self.progress.run_folder(self.job.folder)
         for warning in self.plan.warnings:
             self.progress.note(f"warning: {warning}")
             self.job.log(f"warning: {warning}")
         if self.kept and self.store is not None:
             origin = self.store.provenance(next(iter(self.kept.values())))
             self.progress.note(f"Hessians of {len(self.kept)} linears come from `{self.store.folder}` ({origin})")
-        self.progress.note(f"run folder: {self.job.folder}")
         total = sum(linear_units(linear) for linear in self.plan.linears)
         done = total - sum(linear_units(linear) for linear in self.todo)
         for block in range(self.last_forward_block + 1):

@@ -72,7 +72,7 @@ class Processes:
             except BrokenProcessPool:
                 raise RunError(
                     "a worker process died (killed, or out of memory)",
-                    hint=f"go on with `vptq quantize --resume {self.folder}`, with fewer workers (--num_gpus) if memory ran out",
+                    hint=f"go on with `vptq quantize --resume {self.folder}`, with a lower --num_gpus if memory ran out",
                 ) from None
 
     def close(self) -> None:

@@ -76,7 +76,7 @@ def quantize_linear(
     """
     started = time.perf_counter()
     _check_inputs(weight, hessian, name)
-    geometry, faults = plan_geometry(*weight.shape, config)
+    geometry, faults = plan_geometry(weight.shape[0], weight.shape[1], config)
     if geometry is None:
         raise UsageError(f"`{name}` can't be cut as the settings ask", where=faults)
     original, hessian = weight.float(), hessian.float()

@@ -1,0 +1,87 @@
+"""`vptq eval-ppl`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vptq.cli.options import make_parser, normalise_flags
+from vptq.cli.show import Bar, table, with_error, write_json
+from vptq.config import DEFAULT_SEQ_LEN
+from vptq.errors import UsageError
+
+EXAMPLES = """\
+  vptq eval-ppl                                    the demo model on its held-out text, offline
+  vptq eval-ppl --model_name ./my-llama --dataset wikitext2 c4-new --seq_len 4096
+  vptq eval-ppl --model_name outputs/.../packed_model --dataset my_text.txt --json result.json"""
+
+
+def run(argv: Sequence[str]) -> int:
+    parser = make_parser("eval-ppl", "Perplexity of an original, a dequantized or a packed model, block by block.", EXAMPLES)
+    parser.add_argument("--model_name", default=None, metavar="STR", help="model folder or hub name (default: the demo model)")
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        default=None,
+        metavar="STR",
+        help="wikitext2, c4, c4-new, or text or jsonl files or folders (default: wikitext2; demo model: its held-out text)",
+    )
+    parser.add_argument(
+        "--seq_len",
+        type=_positive,
+        default=None,
+        metavar="INT",
+        help=f"context: tokens a window (default: {DEFAULT_SEQ_LEN}, or the model's if shorter)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=_positive,
+        default=None,
+        metavar="INT",
+        help="tokens between two windows; under --seq_len, only a window's last STRIDE tokens count (default: seq_len)",
+    )
+    parser.add_argument("--limit", type=_positive, default=None, metavar="INT", help="most windows (default: all)")
+    parser.add_argument("--device", default=None, metavar="STR", help="cuda, cuda:N or cpu (default: cuda where there is one)")
+    parser.add_argument("--json", default=None, metavar="FILE", help="write the figures as JSON (- for stdout)")
+    parser.add_argument("--trust_remote_code", action="store_true", default=False, help="let the model folder's own code run")
+    args = parser.parse_args(normalise_flags(argv))
+
+    from vptq.pipeline.evaluate import evaluate_model
+
+    bar = Bar()
+    try:
+        results = evaluate_model(
+            args.model_name,
+            args.dataset,
+            seq_len=args.seq_len,
+            stride=args.stride,
+            limit=args.limit,
+            device=args.device,
+            trust_remote_code=args.trust_remote_code,
+            progress=bar,
+        )
+    finally:
+        bar.finish()
+    if args.json is not None:
+        write_json(_as_json(args.model_name, results), args.json)
+    if args.json != "-":
+        print(_as_table(results))
+    return 0
+
+
+def _positive(word: str) -> int:
+    if not word.isdigit() or int(word) < 1:
+        raise UsageError(f"{word!r} is not a whole number of 1 or more")
+    return int(word)
+
+
+def _as_json(model_name: str | None, results: list[Any]) -> dict[str, Any]:
+    return {"model_name": model_name or "demo", "results": [result.to_dict() for result in results]}
+
+
+def _as_table(results: list[Any]) -> str:
+    rows = [("dataset", "perplexity", "context", "stride", "windows", "tokens counted")]
+    for r in results:
+        figures = (str(r.seq_len), str(r.stride), str(r.num_windows), f"{r.num_tokens:,}")
+        rows.append((r.dataset, with_error(r.perplexity, r.standard_error), *figures))
+    return table(rows, right=(1, 2, 3, 4, 5))

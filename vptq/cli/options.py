@@ -1,0 +1,213 @@
+"""Flags <-> config fields: one flag a field, of the same name; dashes for underscores; flag over file over default."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
+from vptq.errors import UsageError
+
+ALIASES = {"num_red_centroids": "num_res_centroids", "model": "model_name"}
+TRUE_WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+GROUP_TITLES = {
+    "model": "model",
+    "calibration": "calibration",
+    "vectors": "vectors and codebooks (pairs are: outlier, main; -1 is off)",
+    "algorithm": "algorithm",
+    "results": "results",
+    "devices": "devices",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose faults are `UsageError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = f"see `{self.prog} --help`"
+        if message.startswith("unrecognized arguments:"):
+            unknown = [word for word in message.split(":", 1)[1].split() if word.startswith("--")]
+            known = [option for action in self._actions for option in action.option_strings]
+            close = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1, cutoff=0.75)]
+            if close:
+                hint = f"did you mean {', '.join(close)}?"
+            raise UsageError(f"unknown flag{'s' if len(unknown) > 1 else ''} {message.split(':', 1)[1].strip()}", hint=hint)
+        raise UsageError(message, hint=hint)
+
+
+def make_parser(command: str, description: str, examples: str) -> Parser:
+    return Parser(
+        prog=f"vptq {command}",
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+
+
+def normalise_flags(argv: Iterable[str]) -> list[str]:
+    """`--vector-lens` -> `--vector_lens`, aliases -> names; values are left alone."""
+    words = []
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            flag, equals, value = word[2:].partition("=")
+            flag = flag.replace("-", "_")
+            word = f"--{ALIASES.get(flag, flag)}{equals}{value}"
+        words.append(word)
+    return words
+
+
+def add_fields(parser: argparse.ArgumentParser, *kinds: type, leave_out: Iterable[str] = ()) -> None:
+    """A flag for every option field of some config classes, under its group's heading."""
+    groups: dict[str, Any] = {}
+    skipped = set(leave_out)
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        for f in dataclasses.fields(kind):
+            if "help" not in f.metadata or f.name in skipped:
+                continue
+            group = f.metadata["group"]
+            if group not in groups:
+                groups[group] = parser.add_argument_group(GROUP_TITLES[group])
+            groups[group].add_argument(f"--{f.name}", **_argument(f, hints[f.name]))
+
+
+def _argument(f: dataclasses.Field, hint: Any) -> dict[str, Any]:
+    default = f.default
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    text = f.metadata["help"] + ("" if default is None else f" (default: {shown})")
+    keywords: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if _is_pair(hint):
+        return keywords | {"nargs": 2, "metavar": tuple(f.metadata["metavar"].split())}
+    if hint is bool:
+        return keywords | {"nargs": "?", "const": "True", "metavar": "BOOL"}
+    if get_origin(hint) is Literal:
+        return keywords | {"metavar": "|".join(get_args(hint))}
+    return keywords | {"metavar": _base_type(hint).__name__.upper()}
+
+
+def field_types() -> dict[str, Any]:
+    """Type of every setting by its flag name."""
+    found: dict[str, Any] = {}
+    for kind in (QuantConfig, CalibrationConfig, LinearConfig):
+        hints = get_type_hints(kind)
+        found |= {f.name: hints[f.name] for f in dataclasses.fields(kind) if "help" in f.metadata}
+    return found
+
+
+def parse_values(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Typed values from words or YAML values; all that do not parse are named at once. origin: for the message."""
+    hints, values, faults = field_types(), {}, []
+    for name, value in raw.items():
+        try:
+            values[name] = _convert(value, hints[name])
+        except (ValueError, TypeError):
+            shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            faults.append(f"{name}: {shown!r} is not {_describe(hints[name])}")
+    if faults:
+        what = faults[0] if len(faults) == 1 else f"{len(faults)} values in {origin} are of the wrong kind"
+        raise UsageError(f"{what}" if len(faults) > 1 else f"{what} (in {origin})", where=faults if len(faults) > 1 else ())
+    return values
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    if value is None:
+        if type(None) in get_args(hint):
+            return None
+        raise ValueError
+    if _is_pair(hint):
+        if isinstance(value, str) or len(value) != 2:
+            raise ValueError
+        return [_convert(v, int) for v in value]
+    if get_origin(hint) is Literal:
+        return str(value)  # the config checks the choice
+    base = _base_type(hint)
+    if base is bool:
+        return value if isinstance(value, bool) else _to_bool(value)
+    if base is int:
+        if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+            raise ValueError
+        return int(value)
+    if base is float:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+def _to_bool(value: Any) -> bool:
+    if str(value).lower() not in TRUE_WORDS:
+        raise ValueError
+    return TRUE_WORDS[str(value).lower()]
+
+
+def _is_pair(hint: Any) -> bool:
+    return get_origin(hint) is tuple
+
+
+def _base_type(hint: Any) -> type:
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(t for t in get_args(hint) if t is not type(None))
+    return hint
+
+
+def _describe(hint: Any) -> str:
+    if _is_pair(hint):
+        return "two whole numbers"
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+    return names.get(_base_type(hint), "a valid value")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Settings of a YAML file. Raises UsageError with path and reason."""
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"config file `{path}` can't be read", where=[str(error)]) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"config file `{path}` is no valid YAML", where=str(error).splitlines()) from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UsageError(f"config file `{path}` must hold `name: value` lines")
+    settings = {ALIASES.get(str(k).replace("-", "_"), str(k).replace("-", "_")): v for k, v in loaded.items()}
+    unknown = sorted(set(settings) - set(field_types()) - {"enable_transpose"})
+    if unknown:
+        raise UsageError(f"unknown settings in `{path}`", where=unknown, hint="see `vptq quantize --help` for the names")
+    return settings
+
+
+def merge_settings(flags: Mapping[str, Any], config_file: str | None) -> dict[str, Any]:
+    """What the user set: flags over file. `--enable_transpose` is folded into `vector_quant_dim`."""
+    merged: dict[str, Any] = {}
+    if config_file is not None:
+        path = Path(config_file).expanduser()
+        merged |= _typed(read_yaml(path), f"`{path}`")
+    return merged | _typed(flags, "the flags")
+
+
+def _typed(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    transpose = raw.get("enable_transpose")
+    values = parse_values({k: v for k, v in raw.items() if k != "enable_transpose"}, origin)
+    if transpose is None:
+        return values
+    try:
+        implied = "out" if _convert(transpose, bool) else "in"
+    except ValueError:
+        raise UsageError(f"enable_transpose: {transpose!r} is not True or False") from None
+    if values.get("vector_quant_dim", implied) != implied:
+        raise UsageError(
+            f"enable_transpose {transpose} means vector_quant_dim {implied}, but it is {values['vector_quant_dim']}",
+            hint="leave --enable_transpose out: --vector_quant_dim says it all",
+        )
+    return values | {"vector_quant_dim": implied}

@@ -1,0 +1,120 @@
+"""`vptq quantize`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vptq.cli.options import add_fields, make_parser, merge_settings, normalise_flags
+from vptq.cli.show import Bar, say, table, with_error
+from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
+from vptq.errors import UsageError, VptqError
+
+if TYPE_CHECKING:
+    from vptq.pipeline.run import RunResult
+
+EXAMPLES = """\
+  vptq quantize                                    the demo model in the package, offline
+  vptq quantize --model_name ./my-llama --dataset my_text.txt --vector_lens -1 8 --num_centroids -1 65536 \\
+      --num_res_centroids -1 256 --eval_dataset wikitext2
+  vptq quantize --model_name ./my-llama --config configs/llama2_7b_2.02bit.yaml
+  vptq quantize --resume outputs/my-llama/v8_c65536/2026-01-31-12-00-00"""
+
+DEMO_DEFAULTS = {"vector_lens": [-1, 4], "num_centroids": [-1, 256]}
+
+
+def run(argv: Sequence[str]) -> int:
+    parser = make_parser(
+        "quantize", "Quantize a model: calibration, codebooks, second-order sweep, checkpoint, perplexity.", EXAMPLES
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the names below; a flag wins over it")
+    parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a run that was stopped")
+    add_fields(parser, QuantConfig, CalibrationConfig, LinearConfig)
+    old = parser.add_argument_group("for scripts written for the reference")
+    old.add_argument(
+        "--enable_transpose", nargs="?", const="True", metavar="BOOL", help="True: vector_quant_dim out; False: in"
+    )
+    old.add_argument("--inv_hessian_path", metavar="STR", help="not needed beside --hessian_path: the inverse is computed")
+    flags = vars(parser.parse_args(normalise_flags(argv)))
+
+    resume = flags.pop("resume", None)
+    inverse = flags.pop("inv_hessian_path", None)
+    given = merge_settings(flags, flags.pop("config", None))
+    _check_inverse(inverse, given)
+    settings = given if resume is not None else _with_demo_defaults(given)
+    config = QuantConfig.from_flat(settings)
+
+    bar = Bar()
+    try:
+        from vptq.pipeline.run import quantize_model
+
+        result = quantize_model(config, resume=Path(resume) if resume is not None else None, given=given, progress=bar)
+    except KeyboardInterrupt:
+        bar.finish()
+        if bar.folder is not None:
+            say(f"stopped; what is done is kept. Go on with:\n  vptq quantize --resume {bar.folder}")
+        raise
+    except VptqError:
+        bar.finish()
+        if bar.folder is not None:
+            say(f"what is done is kept in {bar.folder}")
+        raise
+    finally:
+        bar.finish()
+    print(summary(result))
+    return 0
+
+
+def _check_inverse(inverse: str | None, given: dict[str, Any]) -> None:
+    """The reference reads inverse Hessians from files; here they follow from the Hessians and the normalised metric."""
+    if inverse is None:
+        return
+    if "hessian_path" not in given:
+        raise UsageError(
+            "--inv_hessian_path alone is not enough: the inverse is computed from the Hessian, under the normalised metric",
+            hint="give the Hessians with --hessian_path, or leave both out and let them be calibrated",
+        )
+    say("note: --inv_hessian_path is not read: the inverse is computed from the Hessians of --hessian_path")
+
+
+def _with_demo_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The demo model is too small for 65536 centroids: without any vector setting it gets 256 of length 4 (2 bits)."""
+    if given.get("model_name") is None and not {"vector_lens", "num_centroids", "num_res_centroids"} & set(given):
+        return DEMO_DEFAULTS | given
+    return given
+
+
+def summary(result: RunResult) -> str:
+    """The figures of a run, with what they rest on."""
+    bits = result.bits
+    rows = [
+        (
+            "bits per weight",
+            f"{bits.ideal_bits_per_weight:.3f} ideal, {bits.stored_bits_per_weight:.3f} stored in the linears, "
+            f"{bits.file_bits_per_weight:.3f} in the whole file",
+        ),
+        ("file size", f"{bits.file_bits / 8e6:,.1f} MB"),
+        ("mean proxy error", _mean_errors(result.figures)),
+    ]
+    for name, before, after in result.perplexities:
+        label = name if "/" not in name else Path(name).name
+        rows.append(
+            (
+                f"perplexity, {label}",
+                f"original {with_error(before.perplexity, before.standard_error)}, "
+                f"quantized {with_error(after.perplexity, after.standard_error)}",
+            )
+        )
+        rows.append(("", f"context {after.seq_len}, {after.num_tokens:,} tokens counted"))
+    rows.append(("time", f"{result.seconds:.0f} s"))
+    rows.append(("results", str(result.folder)))
+    return table(rows)
+
+
+def _mean_errors(figures: Sequence[dict[str, Any]]) -> str:
+    def mean(key: str) -> float:
+        return sum(f[key] for f in figures) / len(figures)
+
+    text = f"k-means {mean('error_kmeans'):.5f}, sweep {mean('error_sweep'):.5f}"
+    return text if figures[0]["error_residual"] is None else f"{text}, residual {mean('error_residual'):.5f}"

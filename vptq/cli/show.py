@@ -1,0 +1,117 @@
+"""What people see: tables on stdout, progress and notes on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vptq.bits import ITEMS, ModelBits
+from vptq.errors import UsageError
+
+ITEM_NAMES = {
+    "indices": "indices",
+    "residual_indices": "residual indices",
+    "outlier_indices": "outlier indices",
+    "codebooks": "codebooks",
+    "residual_codebooks": "residual codebooks",
+    "outlier_codebooks": "outlier codebooks",
+    "padding": "padding",
+    "codebook_scales": "scales of codebooks",
+    "perm": "column order (perm)",
+    "scale_and_offset": "scale and offset",
+}
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows as aligned columns; `right` names the columns set flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def bits_table(bits: ModelBits) -> str:
+    """Bits itemised, and the three sums."""
+    totals = bits.to_dict()["total_bits"]
+    rows = [("item", "bits", "bits per weight")]
+    rows += [
+        (ITEM_NAMES[item], f"{totals[item]:,}", f"{totals[item] / bits.num_weights:.4f}") for item in ITEMS if totals[item]
+    ]
+    if bits.other_bits:
+        rows.append(("not quantized", f"{totals['not_quantized']:,}", ""))
+    sums = [
+        ("ideal (indices and codebooks)", f"{bits.ideal_bits_per_weight:.6f} bits per weight"),
+        ("stored (every bit of the linears)", f"{bits.stored_bits_per_weight:.6f} bits per weight"),
+        ("file (embeddings, head and all)", f"{bits.file_bits_per_weight:.6f} bits per weight"),
+        ("file size", f"{bits.file_bits / 8e6:,.2f} MB"),
+    ]
+    count = f"{len(bits.linears)} linear{'s' if len(bits.linears) > 1 else ''}, {bits.num_weights:,} weights"
+    return f"{count}\n\n{table(rows, right=(1, 2))}\n\n{table(sums)}"
+
+
+def with_error(value: float, error: float) -> str:
+    return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"
+
+
+def write_json(value: Any, target: str) -> None:
+    """To a file, or to stdout for `-`."""
+    text = json.dumps(value, indent=2)
+    if target == "-":
+        print(text)
+        return
+    try:
+        Path(target).expanduser().write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"`{target}` can't be written", where=[str(error)]) from error
+
+
+def say(text: str) -> None:
+    """A line for people, beside the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """A progress bar with the time left for the whole run, where a person watches; notes in any case."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self._bar: Any = None
+        self._shown = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+
+    def start(self, total: float, done: float) -> None:
+        if not self._shown:
+            return
+        from tqdm import tqdm
+
+        layout = "{desc}: {percentage:3.0f}% |{bar:30}| {elapsed} gone, {remaining} left"
+        self._bar = tqdm(total=total, initial=done, bar_format=layout, smoothing=0.05, dynamic_ncols=True)
+
+    def run_folder(self, folder: Path) -> None:
+        self.folder = folder
+        self.note(f"run folder: {folder}")
+
+    def advance(self, units: float) -> None:
+        if self._bar is not None:
+            self._bar.update(min(units, self._bar.total - self._bar.n))
+
+    def phase(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.set_description_str(text)
+
+    def note(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            say(text)
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

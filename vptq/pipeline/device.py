@@ -1,0 +1,27 @@
+"""Where the work is done, and in which float type."""
+
+from __future__ import annotations
+
+import torch
+
+from vptq.errors import UsageError
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """cuda where there is one, unless told otherwise. Raises UsageError for a device that is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"no device is called `{name}`", hint="cuda, cuda:0, cuda:1, ... or cpu") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device `{name}` is not there", where=[f"{torch.cuda.device_count()} CUDA devices"], hint="--device cpu"
+        )
+    return device
+
+
+def compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """Float type that blocks run in: the model's own on a GPU, float32 on a CPU."""
+    return stored if device.type == "cuda" else torch.float32
