@@ -1,0 +1,135 @@
+"""What keeps the house clean: who imports whom, how long functions are, what public docstrings promise."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "vptq"
+FILES = sorted(p for p in PACKAGE.rglob("*.py"))
+# From the street up: a room may import from its own floor's file or from a room further down in this list, never up.
+FLOORS = [
+    "errors", "config", "geometry", "layer_config", "data", "models", "bits", "calibration", "quantize", "nn", "evaluation",
+    "checkpoint", "pipeline", "cli",
+]  # fmt: skip
+INSIDE = {  # order of files within a room, from the street up
+    "models": ["headers", "files", "shapes", "stream", "architecture", "runner"],
+    "calibration": ["hessian", "hessian_store"],
+    "quantize": ["result", "layout", "metric", "assign", "kmeans", "codebook", "sweep", "linear"],
+    "nn": ["packing", "reference", "vquant_linear", "replace"],
+    "checkpoint": ["names", "writer", "reader", "transformers_bridge"],
+    "pipeline": ["progress", "device", "evaluate", "plan", "cost", "job", "task", "workers", "run"],
+    "cli": ["options", "show", "quantize", "eval_ppl", "bits", "main"],
+}
+TORCH_FREE = ["errors", "config", "geometry", "layer_config", "bits", "models.headers", "models.shapes"]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path, top_level_only: bool = False) -> list[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.append(node.module)
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return found
+
+
+def rank(module: str) -> tuple[int, int]:
+    room, _, rest = module.partition(".")
+    order = INSIDE.get(room, [])
+    return FLOORS.index(room), order.index(rest) if rest in order else -1
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_run_downwards_only(path):
+    here = module_name(path)
+    if here in ("__init__", "vptq", ""):
+        return
+    for target in imports(path):
+        if target.startswith("vptq."):
+            other = target.removeprefix("vptq.")
+            assert rank(other) < rank(here), f"{here} imports {other}, which is not below it"
+
+
+def test_every_file_has_its_place():
+    for path in FILES:
+        room, _, rest = module_name(path).partition(".")
+        if room in INSIDE and rest and "demo" not in rest:
+            assert rest in INSIDE[room], f"{room}/{rest}.py is not in the order of its room"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if module_name(p).startswith("quantize")], ids=module_name)
+def test_quantizer_knows_no_files_transformers_or_threads(path):
+    forbidden = {"transformers", "safetensors", "pathlib", "threading", "multiprocessing", "datasets", "json", "os"}
+    assert not forbidden & {name.split(".")[0] for name in imports(path)}
+
+
+def test_torch_free_modules_import_no_torch():
+    modules = "; ".join(f"import vptq.{name}" for name in TORCH_FREE)
+    code = f"import sys; {modules}; import vptq.cli.main, vptq.cli.options, vptq.cli.bits; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_import_prints_nothing_and_starts_no_cuda():
+    code = "import vptq, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "" and done.stderr == ""
+
+
+def functions():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield module_name(path), node, node.end_lineno - node.lineno + 1
+
+
+def test_functions_and_files_are_short():
+    lengths = {f"{module}.{node.name}": length for module, node, length in functions()}
+    assert max(lengths.values()) <= 80, max(lengths, key=lengths.get)
+    assert statistics.median(lengths.values()) <= 15
+    assert statistics.quantiles(lengths.values(), n=20)[-1] <= 60
+    for path in FILES:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+
+
+def test_print_only_in_the_command_line():
+    for path in FILES:
+        if not module_name(path).startswith("cli"):
+            calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+            assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"], path
+
+
+def public_functions():
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                yield pytest.param(node, id=f"{module_name(path)}.{node.name}")
+
+
+@pytest.mark.parametrize("node", public_functions())
+def test_public_functions_say_what_they_do(node):
+    doc = ast.get_docstring(node)
+    assert doc or node.name in ("run", "usage", "field_types"), "a public function without a docstring"
+    arguments = {a.arg for a in [*node.args.args, *node.args.kwonlyargs]}
+    annotations = " ".join(ast.unparse(a.annotation) for a in [*node.args.args, *node.args.kwonlyargs] if a.annotation)
+    if "Tensor" in annotations.replace("dict[str, Tensor]", "").replace("Mapping[str, Tensor]", "") and doc:
+        assert "(" in doc, f"{node.name} takes tensors but its docstring gives no shape"
+    if doc and "Args:" in doc:
+        described = doc.split("Args:")[1].split("Returns:")[0].split("Raises:")[0]
+        for line in described.splitlines():
+            names = line.strip().split(":")[0].split(", ")
+            if line.startswith("    ") and not line.startswith("     ") and all(n.isidentifier() for n in names):
+                assert set(names) <= arguments, f"{node.name} documents {set(names) - arguments}, which it does not take"

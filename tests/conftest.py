@@ -1,0 +1,80 @@
+"""Shared pieces: generators, small problems, tiny models, devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vptq.models.architecture import DEMO
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1234)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+def correlated_hessian(size: int, generator: torch.Generator, tokens: int | None = None) -> torch.Tensor:
+    """Second moment of inputs with correlated columns of very different sizes."""
+    mix = torch.randn(size, size, generator=generator) * torch.logspace(0, -1.5, size)
+    inputs = torch.randn(tokens or 4 * size, size, generator=generator) @ mix
+    return inputs.T @ inputs / len(inputs)
+
+
+def problem(out_features: int, in_features: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight whose columns differ in size and offset, and a Hessian."""
+    weight = torch.randn(out_features, in_features, generator=generator)
+    weight = weight * (0.2 + torch.rand(in_features, generator=generator)) + 0.3 * torch.randn(in_features, generator=generator)
+    return weight, correlated_hessian(in_features, generator)
+
+
+def make_tiny_llama(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float16, **changes) -> Path:
+    """A random two-block Llama with the demo's tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": 4096,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**settings | changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    model.to(dtype).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """About 2,500 tokens of the demo's calibration text."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text((DEMO / "calibration.txt").read_text(encoding="utf-8")[:10_000], encoding="utf-8")
+    return path

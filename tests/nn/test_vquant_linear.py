@@ -1,0 +1,164 @@
+"""Packed linears: the same weight however it is read, and no memory blow-up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.conftest import problem
+from tests.quantize.test_linear import CASES, settings
+from vptq.checkpoint.names import from_tensors, to_tensors
+from vptq.errors import CheckpointError
+from vptq.layer_config import PLAIN_KEYS, LayerConfig
+from vptq.nn.reference import dequantize_packed
+from vptq.nn.vquant_linear import VQuantLinear, cache_weights
+from vptq.quantize.linear import quantize_linear
+
+ALL_CASES = pytest.mark.parametrize("case", CASES, ids=lambda c: c.replace(" ", "-"))
+
+
+def packed(case: str, generator, dtype=torch.float16, bias=False):
+    config = settings(**CASES[case])
+    quantized, _ = quantize_linear(*problem(30, 48, generator), config, storage_dtype=dtype)
+    layer = LayerConfig.of(config, quantized.geometry, bias)
+    return quantized, layer, to_tensors(quantized, layer, dtype)
+
+
+def module_of(layer, tensors, device="cpu", dtype=torch.float16):
+    module = VQuantLinear(**layer.to_dict(), device=device, dtype=dtype)
+    module.load_state_dict(tensors, strict=True)
+    return module
+
+
+@ALL_CASES
+def test_file_tensors_give_the_quantized_weight_back(generator, case):
+    quantized, layer, tensors = packed(case, generator)
+    again = from_tensors(tensors, layer, "x")
+    assert torch.equal(again.dequantize(), quantized.dequantize())
+    assert torch.equal(dequantize_packed(tensors, layer, torch.float32), quantized.dequantize())
+
+
+@ALL_CASES
+def test_chunks_do_not_matter(generator, case, monkeypatch):
+    _, layer, tensors = packed(case, generator)
+    whole = dequantize_packed(tensors, layer, torch.float32)
+    monkeypatch.setattr("vptq.nn.reference.CHUNK_WEIGHTS", 100)
+    assert torch.equal(dequantize_packed(tensors, layer, torch.float32), whole)
+
+
+@ALL_CASES
+def test_stored_tensors_are_as_announced(generator, case):
+    _, layer, tensors = packed(case, generator)
+    expected = layer.tensor_shapes()
+    assert set(tensors) == set(expected)
+    kinds = {torch.int32: "int32", torch.int16: "int16", torch.float16: "float"}
+    assert {k: (tuple(t.shape), kinds[t.dtype]) for k, t in tensors.items()} == expected
+
+
+@ALL_CASES
+def test_module_equals_linear_with_the_dequantized_weight(generator, case, device):
+    quantized, layer, tensors = packed(case, generator, dtype=torch.float32)
+    module = module_of(layer, tensors, device, torch.float32)
+    x = torch.randn(2, 3, 48, generator=generator)
+    expected = x @ quantized.dequantize().T
+    assert torch.allclose(module(x.to(device)).cpu(), expected, atol=1e-4)
+
+
+def test_bias_is_added(generator):
+    _, layer, tensors = packed("out", generator, bias=True)
+    bias = torch.randn(30, generator=generator).half()
+    module = module_of(layer, tensors | {"bias": bias})
+    x = torch.zeros(1, 48)
+    assert torch.allclose(module(x)[0], bias.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weight_is_rounded_to_the_stored_type(generator, dtype):
+    quantized, layer, tensors = packed("residual", generator, dtype)
+    module = module_of(layer, tensors, dtype=dtype)
+    assert torch.equal(module.dequantize(torch.float32), quantized.dequantize().to(dtype).float())
+
+
+def test_cache_keeps_the_weight_and_drops_it(generator):
+    _, layer, tensors = packed("out", generator)
+    module = module_of(layer, tensors)
+    x = torch.randn(2, 48, generator=generator)
+    fresh = module(x)
+    assert module._cached is None
+    cache_weights(torch.nn.Sequential(module), True)
+    assert torch.equal(module(x), fresh) and module._cached is not None
+    assert torch.equal(module(x.half()), module_of(layer, tensors)(x.half())), "a cached weight of another type is not used"
+    cache_weights(torch.nn.Sequential(module), False)
+    assert module._cached is None
+    assert set(module.state_dict()) == set(tensors), "the cache is not part of the checkpoint"
+
+
+def test_gradient_reaches_the_input(generator):
+    _, layer, tensors = packed("out", generator, dtype=torch.float32)
+    module = module_of(layer, tensors, dtype=torch.float32)
+    x = torch.randn(2, 48, generator=generator, requires_grad=True)
+    module(x).sum().backward()
+    assert torch.allclose(x.grad[0], module.dequantize().sum(0), atol=1e-4)
+
+
+def test_dequantize_unpacks_a_few_rows_at_a_time(monkeypatch):
+    """The whole matrix of indices would be 512x512; no unpacked piece may come near."""
+    import vptq.nn.reference as reference
+
+    layer = LayerConfig.of(settings(), plan(2048, 512), bias=False)
+    tensors = {k: torch.zeros(s, dtype={"int32": torch.int32, "int16": torch.int16}.get(kind, torch.float16))
+               for k, (s, kind) in layer.tensor_shapes().items()}  # fmt: skip
+    sizes = []
+    real = reference.unpack_bits
+    monkeypatch.setattr(reference, "unpack_bits", lambda *a: sizes.append(real(*a).numel()) or real(*a))
+    monkeypatch.setattr(reference, "CHUNK_WEIGHTS", 1 << 16)
+    dequantize_packed(tensors, layer, torch.float16)
+    assert max(sizes) <= (1 << 16) // 4 and sum(sizes) == 512 * 512
+
+
+def plan(out_features, in_features):
+    from vptq.geometry import plan_geometry
+
+    return plan_geometry(out_features, in_features, settings())[0]
+
+
+def test_plain_case_has_exactly_the_thirteen_keys(generator):
+    for case in ("out", "residual", "outliers groups", "no norm", "no perm"):
+        _, layer, tensors = packed(case, generator)
+        assert tuple(layer.to_dict()) == PLAIN_KEYS
+        assert layer.enable_norm and {"weight_scale", "weight_bias"} <= set(tensors), "every loader wants a scale"
+
+
+def test_extensions_say_what_they_are(generator):
+    _, layer, _ = packed("8 bits", generator)
+    assert layer.to_dict()["bitwidth"] == 8 and not layer.is_plain
+    assert LayerConfig.from_dict("x", layer.to_dict()) == layer
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group_size": 47}, "47 columns, in_features is 48"),
+        ({"is_indice_packed": False}, "unpacked indices"),
+        ({"num_centroids": [-1, 1 << 40]}, "does not fit 32"),
+        ({"num_centroids": None}, "lacks settings"),
+    ],
+)
+def test_damaged_settings_are_refused(generator, change, message):
+    _, layer, _ = packed("out", generator)
+    entry = {k: v for k, v in (layer.to_dict() | change).items() if v is not None}
+    with pytest.raises(CheckpointError, match=message):
+        LayerConfig.from_dict("x", entry)
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape", "dtype"])
+def test_damaged_tensors_are_refused(generator, fault):
+    _, layer, tensors = packed("out", generator)
+    if fault == "missing":
+        del tensors["perm"]
+    elif fault == "shape":
+        tensors["perm"] = tensors["perm"][:-1]
+    else:
+        tensors["indices"] = tensors["indices"].float()
+    with pytest.raises(CheckpointError, match=r"blk\.q\.(perm|indices)"):
+        from_tensors(tensors, layer, "blk.q")

@@ -1,0 +1,309 @@
+"""Whole runs on a tiny model: resume, Hessians kept, faults, workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import make_tiny_llama
+from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
+from vptq.errors import NumericalError, UsageError
+from vptq.pipeline.evaluate import evaluate_model
+from vptq.pipeline.job import Job
+from vptq.pipeline.progress import Silent
+from vptq.pipeline.run import quantize_model
+
+
+def config_of(model, text, output, **changes) -> QuantConfig:
+    linear = {"vector_lens": (-1, 4), "num_centroids": (-1, 16), "kiter": 5}
+    calibration = {"dataset": str(text), "nsamples": 4, "seq_len": 64}
+    top = {"model_name": str(model), "output_dir": str(output)}
+    for name, value in changes.items():
+        target = next(
+            d for d, kind in ((linear, LinearConfig), (calibration, CalibrationConfig), (top, QuantConfig))
+            if name in {f.name for f in dataclasses.fields(kind)}
+        )  # fmt: skip
+        target[name] = value
+    return QuantConfig(**top, linear=LinearConfig(**linear), calibration=CalibrationConfig(**calibration))
+
+
+class Stop(Silent):
+    """Interrupts, as Ctrl-C does, once `after` linears are quantized."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+        self.folder = None
+        self.quantizing = False
+
+    def run_folder(self, folder):
+        self.folder = folder
+
+    def phase(self, text):
+        self.quantizing = text.endswith("quantizing")
+
+    def advance(self, units):
+        if self.quantizing:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+
+def packed_bytes(folder):
+    return {p.name: p.read_bytes() for p in sorted((folder / "packed_model").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama, text_file, tmp_path_factory):
+    return quantize_model(config_of(tiny_llama, text_file, tmp_path_factory.mktemp("whole")))
+
+
+def test_run_folder_has_its_form(whole, tiny_llama):
+    assert whole.folder.parts[-3:-1] == (tiny_llama.name, "v4_c16")
+    names = {p.name for p in whole.folder.iterdir()}
+    assert names == {"job.json", "config.yaml", "logs", "packed_model", "linears.json"}
+    log = (whole.folder / "logs" / "0.log").read_text().splitlines()
+    lines = [line for line in log if "proxy error" in line]
+    assert len(lines) == 14
+    for part in ("model.layers.0.self_attn.q_proj", "32x32", "bits", "k-means", "sweep", " s"):
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize("after", [1, 7, 10])
+def test_stopped_and_resumed_gives_the_same_bytes(whole, tiny_llama, text_file, tmp_path, after):
+    stop = Stop(after)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(config_of(tiny_llama, text_file, tmp_path), progress=stop)
+    done = list((stop.folder / "work").iterdir())
+    assert len(done) == after and not (stop.folder / "packed_model").exists()
+    result = quantize_model(QuantConfig(), resume=stop.folder)
+    assert packed_bytes(result.folder) == packed_bytes(whole.folder)
+    assert len([line for line in (stop.folder / "logs" / "0.log").read_text().splitlines() if "k-means" in line]) == 14
+
+
+def test_half_written_work_file_is_done_again(whole, tiny_llama, text_file, tmp_path):
+    stop = Stop(5)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(config_of(tiny_llama, text_file, tmp_path), progress=stop)
+    damaged = sorted((stop.folder / "work").iterdir())[2]
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    assert packed_bytes(quantize_model(QuantConfig(), resume=stop.folder).folder) == packed_bytes(whole.folder)
+
+
+def test_resume_refuses_changed_settings_by_name(tiny_llama, text_file, tmp_path):
+    stop = Stop(1)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(config_of(tiny_llama, text_file, tmp_path), progress=stop)
+    given = {"num_centroids": [-1, 32], "kiter": 5}
+    with pytest.raises(UsageError, match=r"num_centroids: the run was started with \[-1, 16\], not \[-1, 32\]"):
+        quantize_model(QuantConfig.from_flat(given), resume=stop.folder, given=given)
+
+
+def test_resume_refuses_another_model(tiny_llama, text_file, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    stop = Stop(1)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(config_of(model, text_file, tmp_path / "out"), progress=stop)
+    shutil.rmtree(model)
+    make_tiny_llama(model, seed=5, hidden_size=32)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="is not the model"):
+        quantize_model(QuantConfig(), resume=stop.folder)
+
+
+def test_finished_run_resumes_to_nothing_new(whole):
+    before = packed_bytes(whole.folder)
+    again = quantize_model(QuantConfig(), resume=whole.folder)
+    assert packed_bytes(again.folder) == before and again.figures == whole.figures
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no run folder"):
+        quantize_model(QuantConfig(), resume=tmp_path)
+
+
+def test_kept_hessians_give_the_same_checkpoint_without_calibration(whole, tiny_llama, text_file, tmp_path, monkeypatch):
+    store = str(tmp_path / "hessians")
+    quantize_model(config_of(tiny_llama, text_file, tmp_path / "a", hessian_path=store))
+    assert len(list((tmp_path / "hessians").iterdir())) == 8  # 2 blocks x qkv, o, up, down
+    monkeypatch.setattr("vptq.pipeline.run.calibration_sequences", lambda *a, **k: pytest.fail("calibrated again"))
+    second = quantize_model(config_of(tiny_llama, text_file, tmp_path / "b", hessian_path=store))
+    assert packed_bytes(second.folder) == packed_bytes(whole.folder)
+
+
+def test_missing_hessians_are_made_and_the_rest_reused(whole, tiny_llama, text_file, tmp_path):
+    store = tmp_path / "hessians"
+    quantize_model(config_of(tiny_llama, text_file, tmp_path / "a", hessian_path=str(store)))
+    kept = (store / "0_o.safetensors").stat().st_mtime_ns
+    (store / "1_down.safetensors").unlink()
+    second = quantize_model(config_of(tiny_llama, text_file, tmp_path / "b", hessian_path=str(store)))
+    assert packed_bytes(second.folder) == packed_bytes(whole.folder)
+    assert (store / "0_o.safetensors").stat().st_mtime_ns == kept and (store / "1_down.safetensors").exists()
+
+
+def test_published_hessians_quantize(tiny_llama, tmp_path, generator):
+    from tests.calibration.test_hessian import published
+
+    sizes = {"qkv": 32, "o": 32, "up": 32, "down": 48}
+    for block in range(2):
+        for label, size in sizes.items():
+            x = torch.randn(200, size, generator=generator)
+            published(tmp_path / "h", f"{block}_{label}.pt", x.T @ x / 200, x.mean(0))
+    config = config_of(tiny_llama, "nowhere.txt", tmp_path / "out", hessian_path=str(tmp_path / "h"), dataset="c4")
+    assert (quantize_model(config).folder / "packed_model").exists()
+
+
+def test_hessians_of_another_model_stop_the_run_before_it_starts(tiny_llama, text_file, tmp_path, generator):
+    from tests.calibration.test_hessian import published
+
+    published(tmp_path / "h", "0_down.pt", torch.eye(99), torch.zeros(99))
+    with pytest.raises(UsageError, match=r"another model(.|\n)*99 inputs"):
+        quantize_model(config_of(tiny_llama, text_file, tmp_path / "out", hessian_path=str(tmp_path / "h")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_workers_give_the_same_bytes_and_a_log_each(whole, tiny_llama, text_file, tmp_path):
+    result = quantize_model(config_of(tiny_llama, text_file, tmp_path, num_gpus=2, device="cpu"))
+    assert packed_bytes(result.folder) == packed_bytes(whole.folder)
+    lines = [len((result.folder / "logs" / f"{w}.log").read_text().splitlines()) for w in (0, 1)]
+    assert sum(lines) == 14 and not list(result.folder.glob("hessians-*"))
+
+
+def test_fault_in_a_worker_keeps_its_message(tiny_llama, text_file, tmp_path):
+    model = broken_weight(tiny_llama, tmp_path)
+    with pytest.raises(NumericalError, match=r"non-finite"):
+        quantize_model(config_of(model, text_file, tmp_path / "out", num_gpus=2, device="cpu"))
+
+
+def broken_weight(tiny_llama, tmp_path):
+    model = tmp_path / "broken"
+    shutil.copytree(tiny_llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 3] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def test_non_finite_weight_is_named(tiny_llama, text_file, tmp_path):
+    with pytest.raises(NumericalError, match=r"non-finite weights(.|\n)*layers\.1\.mlp\.down_proj"):
+        quantize_model(config_of(broken_weight(tiny_llama, tmp_path), text_file, tmp_path / "out"))
+
+
+def test_non_finite_activation_is_named(tiny_llama, text_file, tmp_path):
+    model = tmp_path / "broken"
+    shutil.copytree(tiny_llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = float("inf")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericalError, match=r"non-finite activations(.|\n)*layers\.1\.self_attn\.q_proj"):
+        quantize_model(config_of(model, text_file, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_num": 5}, r"do not fit 14 linears(.|\n)*layers\.0\.self_attn\.q_proj \(32x32\)(.|\n)*more"),
+        ({"num_centroids": (-1, 48)}, "48 is not a power of two"),
+        ({"seq_len": 4096}, "at most 128 tokens"),
+        ({"nsamples": 100000}, "too short"),
+        ({"dataset": "no-such-thing"}, "neither a known name nor a path"),
+        ({"model_name": "./nowhere"}, "does not exist"),
+        ({"device": "cuda:77"}, "is not there"),
+        ({"device": "toaster"}, "no device"),
+        ({"vector_lens": (4, 4)}, "npercent is 0"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_written(tiny_llama, text_file, tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        quantize_model(config_of(tiny_llama, text_file, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_packed_model_is_not_quantized_again(whole, text_file, tmp_path):
+    with pytest.raises(UsageError, match="quantized already"):
+        quantize_model(config_of(whole.folder / "packed_model", text_file, tmp_path / "out"))
+
+
+def test_full_disk_is_told_before_the_work(tiny_llama, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10))
+    with pytest.raises(UsageError, match="disk is full"):
+        quantize_model(config_of(tiny_llama, text_file, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_disk_that_fills_up_leaves_a_resumable_run(whole, tiny_llama, text_file, tmp_path, monkeypatch):
+    import vptq.models.files as files
+
+    real, calls = files.save_file, []
+
+    def save_file_until_full(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) == 4:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, metadata)
+
+    progress = Stop(-1)
+    monkeypatch.setattr(files, "save_file", save_file_until_full)
+    with pytest.raises(UsageError, match=r"disk is full(.|\n)*--resume"):
+        quantize_model(config_of(tiny_llama, text_file, tmp_path), progress=progress)
+    assert len(list((progress.folder / "work").iterdir())) == 3
+    monkeypatch.setattr(files, "save_file", real)
+    assert packed_bytes(quantize_model(QuantConfig(), resume=progress.folder).folder) == packed_bytes(whole.folder)
+
+
+def test_packed_dequantized_and_streamed_perplexity_agree(tiny_llama, text_file, tmp_path):
+    config = dataclasses.replace(
+        config_of(tiny_llama, text_file, tmp_path), save_model=True, eval_dataset=str(text_file), eval_nsamples=5
+    )
+    result = quantize_model(config)
+    results = json.loads((result.folder / "ppl_results.json").read_text())["ctx_64"][str(text_file)]
+    figures = {
+        where: evaluate_model(str(folder), [str(text_file)], seq_len=64, limit=5)[0].perplexity
+        for where, folder in (("packed", result.folder / "packed_model"), ("model", result.folder / "model"))
+    }
+    assert figures["packed"] == pytest.approx(figures["model"], rel=1e-4)
+    assert results["quantized"]["perplexity"] == pytest.approx(figures["packed"], rel=1e-4)
+    assert (
+        results["original"]["perplexity"]
+        == evaluate_model(str(tiny_llama), [str(text_file)], seq_len=64, limit=5)[0].perplexity
+    )
+    assert result.perplexities[0][1].num_tokens == 5 * 63
+
+
+def test_one_block_of_weights_at_a_time(tiny_llama, text_file, tmp_path, monkeypatch):
+    """While a run is on, at most one block is off the meta device."""
+    from vptq.models.runner import BlockRunner
+
+    most = []
+    real = BlockRunner.run_block
+
+    def counting(self, block, states, progress=None):
+        loaded = [i for i, b in enumerate(self.skeleton.blocks) if not all(p.is_meta for p in b.parameters())]
+        most.append(len(loaded))
+        return real(self, block, states, progress)
+
+    monkeypatch.setattr(BlockRunner, "run_block", counting)
+    quantize_model(dataclasses.replace(config_of(tiny_llama, text_file, tmp_path), eval_dataset=str(text_file)))
+    assert most and max(most) == 1
+
+
+def test_resolved_settings_are_kept(whole):
+    assert Job.load(whole.folder).config.linear.num_centroids == (-1, 16)
+    assert "num_centroids" in (whole.folder / "config.yaml").read_text()
+
+
+@pytest.mark.gpu
+def test_gpu_run_equals_the_cpu_run_in_quality(whole, tiny_llama, text_file, tmp_path):
+    found = quantize_model(config_of(tiny_llama, text_file, tmp_path, device="cuda"))
+    for cpu, gpu in zip(whole.figures, found.figures, strict=True):
+        assert gpu["error"] == pytest.approx(cpu["error"], rel=0.2)
+    again = quantize_model(config_of(tiny_llama, text_file, tmp_path / "again", device="cuda"))
+    assert packed_bytes(again.folder) == packed_bytes(found.folder)

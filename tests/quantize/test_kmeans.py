@@ -1,0 +1,192 @@
+"""Properties of weighted k-means, and its float64 twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vptq.errors import NumericalError, VptqError
+from vptq.quantize.assign import assign_nearest, squared_distances
+from vptq.quantize.kmeans import _cluster_sums, _draw_start, weighted_kmeans
+
+
+def run(vectors, weights, k, *, seed=0, iterations=50, tol=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return weighted_kmeans(vectors, weights, k, iterations=iterations, tol=tol, generator=generator)
+
+
+def brute_force_assign(vectors, centroids, weights):
+    """Double loop in float64; the first of equals."""
+    found = []
+    for x, w in zip(vectors.double(), weights.double(), strict=True):
+        costs = torch.stack([(w * (x - c) ** 2).sum() for c in centroids.double()])
+        found.append(int(costs.argmin()))
+    return torch.tensor(found)
+
+
+def brute_force_kmeans(vectors, weights, centroids, iterations):
+    """Lloyd's algorithm by the book, float64, from given centroids, without empty clusters."""
+    x, w, c = vectors.double(), weights.double(), centroids.double().clone()
+    for _ in range(iterations):
+        a = brute_force_assign(x, c, w)
+        for j in range(len(c)):
+            member = a == j
+            total = w[member].sum(0)
+            c[j] = torch.where(total > 0, (w[member] * x[member]).sum(0) / total.clamp_min(1e-300), c[j])
+    return c
+
+
+@pytest.fixture
+def cloud(generator):
+    return torch.randn(60, 3, generator=generator), torch.rand(60, generator=generator) + 0.1
+
+
+@pytest.mark.parametrize("per_element", [False, True])
+def test_assign_equals_brute_force(generator, per_element, device):
+    x, c = torch.randn(50, 4, generator=generator), torch.randn(9, 4, generator=generator)
+    w = torch.rand(50, 4, generator=generator) if per_element else None
+    expected = brute_force_assign(x, c, w if per_element else torch.ones_like(x))
+    found = assign_nearest(x.to(device), c.to(device), None if w is None else w.to(device))
+    assert torch.equal(found.cpu(), expected)
+
+
+def test_assign_is_the_same_in_chunks(generator, monkeypatch):
+    x, c = torch.randn(300, 4, generator=generator), torch.randn(20, 4, generator=generator)
+    whole = assign_nearest(x, c)
+    monkeypatch.setattr("vptq.quantize.assign.CPU_CHUNK_SCORES", 7 * 20)
+    assert torch.equal(assign_nearest(x, c), whole)
+
+
+def test_assign_takes_the_first_of_equals():
+    x = torch.zeros(4, 2)
+    c = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    assert assign_nearest(x, c).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("per_element", [False, True])
+def test_kmeans_equals_brute_force(cloud, per_element, generator):
+    x, w = cloud
+    w = torch.rand(60, 3, generator=generator) + 0.1 if per_element else w
+    start = _draw_start(x, w, 4, torch.Generator().manual_seed(0))
+    wide = w if per_element else w[:, None].expand(-1, 3)
+    expected = brute_force_kmeans(x, wide, start, 5)
+    assert torch.allclose(run(x, w, 4, iterations=5).centroids.double(), expected, atol=1e-5)
+
+
+def test_objective_is_the_weighted_error_and_never_rises(cloud, device):
+    x, w = (t.to(device) for t in cloud)
+    found = run(x, w, 6)
+    assert all(b <= a for a, b in zip(found.objective, found.objective[1:], strict=False))
+    assert found.iterations >= 2
+    error = (w.double() * (x - found.centroids[found.assignments]).double().square().sum(1)).sum().item()
+    assert found.objective[-1] == pytest.approx(error, rel=1e-5)
+
+
+def test_assignments_are_nearest_to_the_returned_centroids(cloud):
+    x, w = cloud
+    found = run(x, w, 6, iterations=3)
+    assert torch.equal(found.assignments, assign_nearest(x, found.centroids))
+
+
+def test_more_centroids_are_never_worse(cloud):
+    x, w = cloud
+    objectives = [run(x, w, k).objective[-1] for k in (2, 4, 8, 16)]
+    assert objectives == sorted(objectives, reverse=True)
+
+
+def test_weight_three_equals_the_row_three_times(cloud):
+    x, _ = cloud
+    weights = torch.ones(60)
+    weights[:10] = 3
+    start = x[:5]
+    a = assign_nearest(x, start)
+    errors = squared_distances(x, start, a, weights)
+    repeated = torch.cat([x, x[:10], x[:10]])
+    a_repeated = torch.cat([a, a[:10], a[:10]])
+    sums, totals = _cluster_sums(x, weights, a, 5)
+    sums_r, totals_r = _cluster_sums(repeated, torch.ones(80), a_repeated, 5)
+    assert torch.allclose(sums, sums_r) and torch.allclose(totals, totals_r)
+    assert errors.sum() == pytest.approx(squared_distances(repeated, start, a_repeated, torch.ones(80)).sum().item(), rel=1e-5)
+
+
+def test_weight_zero_equals_the_row_removed(cloud):
+    x, w = cloud
+    w = w.clone()
+    w[30:] = 0
+    with_zeros = run(x, w, 4)
+    a = assign_nearest(x[:30], with_zeros.centroids)
+    sums, totals = _cluster_sums(x[:30], w[:30], a, 4)
+    assert torch.allclose(with_zeros.centroids.double(), sums / totals, atol=1e-5)
+
+
+def test_scaling_all_weights_changes_nothing(cloud):
+    x, w = cloud
+    assert torch.allclose(run(x, w, 5).centroids, run(x, w * 1024, 5).centroids, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(60,), (60, 3)])
+def test_same_seed_gives_the_same_bits(cloud, shape, device, generator):
+    x = cloud[0].to(device)
+    w = (torch.rand(shape, generator=generator) + 0.1).to(device)
+    first, second = run(x, w, 6, seed=3), run(x, w, 6, seed=3)
+    assert torch.equal(first.centroids, second.centroids) and first.objective == second.objective
+    assert not torch.equal(first.centroids, run(x, w, 6, seed=4).centroids)
+
+
+def test_tol_stops_early(cloud):
+    x, w = cloud
+    assert run(x, w, 6, tol=0.5).iterations < run(x, w, 6, tol=0.0).iterations
+
+
+def test_fixed_point_sums_equal_float64_sums(cloud):
+    from vptq.quantize.kmeans import _fixed_point_sums, _ordered_sums
+
+    x, _ = cloud
+    a = torch.arange(60) % 7
+    assert torch.allclose(_fixed_point_sums(x, a, 7), _ordered_sums(x, a, 7), rtol=0, atol=1e-9)
+
+
+def test_empty_cluster_moves_to_the_worst_vector():
+    from vptq.quantize.kmeans import _update_centroids
+
+    x = torch.tensor([[0.0], [0.1], [5.0]])
+    a = torch.zeros(3, dtype=torch.int64)
+    c = torch.tensor([[1.0], [100.0]])
+    errors = squared_distances(x, c, a, torch.ones(3))
+    moved = _update_centroids(x, torch.ones(3), a, c, errors)
+    assert moved[1].item() == 5.0 and moved[0].item() == pytest.approx(1.7)
+
+
+@pytest.mark.parametrize("k", [1, 5, 9])
+def test_fewer_vectors_than_centroids_repeat_without_loss(generator, k):
+    x = torch.randn(5, 2, generator=generator)
+    found = run(x, torch.ones(5), k)
+    assert torch.isfinite(found.centroids).all() and found.centroids.shape == (k, 2)
+    if k >= 5:
+        assert found.objective[-1] == 0
+
+
+def test_equal_rows_and_zero_weights_stay_finite():
+    same = run(torch.ones(20, 2), torch.ones(20), 4)
+    assert torch.isfinite(same.centroids).all() and same.objective[-1] == 0
+    assert torch.isfinite(run(torch.randn(20, 2), torch.zeros(20), 4).centroids).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_input_raises(bad):
+    x = torch.zeros(4, 2)
+    x[2, 1] = bad
+    with pytest.raises(NumericalError, match="non-finite"):
+        run(x, torch.ones(4), 2)
+
+
+def test_wrong_shapes_raise():
+    with pytest.raises(VptqError, match="one weight a vector"):
+        run(torch.zeros(4, 2), torch.ones(3), 2)
+
+
+def test_arguments_are_not_changed(cloud):
+    x, w = cloud
+    kept = x.clone(), w.clone()
+    run(x, w, 5)
+    assert torch.equal(x, kept[0]) and torch.equal(w, kept[1])
