@@ -122,7 +122,7 @@ def public_functions():
 @pytest.mark.parametrize("node", public_functions())
 def test_public_functions_say_what_they_do(node):
     doc = ast.get_docstring(node)
-    assert doc or node.name in ("run", "usage", "field_types"), "a public function without a docstring"
+    assert doc, "a public function without a docstring"
     arguments = {a.arg for a in [*node.args.args, *node.args.kwonlyargs]}
     annotations = " ".join(ast.unparse(a.annotation) for a in [*node.args.args, *node.args.kwonlyargs] if a.annotation)
     if "Tensor" in annotations.replace("dict[str, Tensor]", "").replace("Mapping[str, Tensor]", "") and doc:

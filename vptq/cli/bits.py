@@ -22,6 +22,7 @@ EXAMPLES = """\
 
 
 def run(argv: Sequence[str]) -> int:
+    """Count bits as the words ask; returns the exit code."""
     parser = make_parser("bits", "Bits per weight, codebooks counted. Reads no weights.", EXAMPLES)
     parser.add_argument("--shape", metavar="OUTxIN", help="one matrix, such as 4096x4096")
     parser.add_argument(

@@ -17,6 +17,7 @@ EXAMPLES = """\
 
 
 def run(argv: Sequence[str]) -> int:
+    """Measure perplexity as the words ask; returns the exit code."""
     parser = make_parser("eval-ppl", "Perplexity of an original, a dequantized or a packed model, block by block.", EXAMPLES)
     parser.add_argument("--model_name", default=None, metavar="STR", help="model folder or hub name (default: the demo model)")
     parser.add_argument(

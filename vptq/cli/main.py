@@ -19,6 +19,7 @@ INTERRUPTED = 130
 
 
 def usage() -> str:
+    """What `vptq --help` shows."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name.ljust(width)}  {summary}" for name, (_, summary) in COMMANDS.items()]
     return (

@@ -41,6 +41,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(command: str, description: str, examples: str) -> Parser:
+    """A parser that leaves out what was not given, with examples at the end of its help."""
     return Parser(
         prog=f"vptq {command}",
         description=description,

@@ -25,6 +25,7 @@ DEMO_DEFAULTS = {"vector_lens": [-1, 4], "num_centroids": [-1, 256]}
 
 
 def run(argv: Sequence[str]) -> int:
+    """Quantize as the words ask; returns the exit code."""
     parser = make_parser(
         "quantize", "Quantize a model: calibration, codebooks, second-order sweep, checkpoint, perplexity.", EXAMPLES
     )

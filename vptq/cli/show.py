@@ -57,6 +57,7 @@ def bits_table(bits: ModelBits) -> str:
 
 
 def with_error(value: float, error: float) -> str:
+    """`value ± error`; without the error where there is none (NaN)."""
     return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"
 
 

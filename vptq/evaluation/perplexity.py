@@ -1,8 +1,9 @@
 """Perplexity: one definition for original, dequantized and packed models.
 
 The text is one run of tokens, cut into windows of `seq_len`, each starting `stride` after the last; the last window is
-whole or left out. A window's first token predicts nothing of itself and is not counted; with `stride` under `seq_len` only the last
-`stride` tokens of a window are, so that no token counts twice. perplexity = exp(mean negative log-likelihood of counted tokens).
+whole or left out. A window's first token predicts nothing of itself and is not counted; with `stride` under `seq_len` only
+the last `stride` tokens of a window are, so that no token counts twice.
+perplexity = exp(mean negative log-likelihood of the counted tokens).
 """
 
 from __future__ import annotations
@@ -43,6 +44,12 @@ class Perplexity:
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Perplexity:
+        """The inverse of `to_dict`."""
+        filled: dict[str, Any] = {k: math.nan if v is None else v for k, v in values.items()}
+        return cls(**filled)
 
 
 def cut_windows(stream: Tensor, *, seq_len: int, stride: int | None, limit: int | None, dataset: str) -> Tensor:
@@ -111,6 +118,7 @@ def streamed_perplexity(
 
 
 def progress_steps(runner: BlockRunner, windows: Tensor) -> int:
+    """How often `streamed_perplexity` calls its progress for windows (num_windows, seq_len)."""
     return sum(len(group) for group in _groups(runner, windows)) * len(runner.skeleton.blocks)
 
 

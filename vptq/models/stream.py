@@ -71,7 +71,8 @@ def load_module(
 ) -> None:
     """Fill a module's parameters, in place, from `source` under `prefix`; float tensors become `dtype`.
 
-    Only parameters that are on the meta device are filled. `skip`: full names to leave there.
+    Only parameters that are on the meta device are filled; each keeps its shape (as config.json gives it). `skip`: full names
+    to leave there.
     """
     skipped = set(skip)
     for name, parameter in list(module.named_parameters()):

@@ -47,13 +47,13 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def to_uint16_bits(values: Tensor) -> Tensor:
-    """Integers in [0, 65536) as int16 with the bits of a uint16, as the file format keeps them."""
+    """Integers in [0, 65536), any shape (...), as int16 with the bits of a uint16, as the file format keeps them."""
     wide = values.long()
     return torch.where(wide > 32767, wide - 65536, wide).to(torch.int16)
 
 
 def from_uint16_bits(stored: Tensor) -> Tensor:
-    """The inverse of `to_uint16_bits`; int64."""
+    """The inverse of `to_uint16_bits`: (...) int16 -> (...) int64."""
     return stored.long() & 0xFFFF
 
 

@@ -84,6 +84,15 @@ class Job:
     def finished(self) -> bool:
         return bool(json.loads((self.folder / "job.json").read_text(encoding="utf-8"))["finished"])
 
+    def result_figures(self) -> list[dict[str, Any]]:
+        """The figures of every linear of a finished run."""
+        return json.loads((self.folder / "linears.json").read_text(encoding="utf-8"))
+
+    def perplexities(self) -> dict[str, Any]:
+        """What a finished run measured: `ppl_results.json`, empty if it measured nothing."""
+        path = self.folder / "ppl_results.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
     def work_file(self, linear: str) -> Path:
         return self.work / f"{linear}.safetensors"
 

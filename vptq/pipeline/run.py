@@ -73,9 +73,27 @@ def quantize_model(
     if resume is not None:
         job = Job.load(resume)
         check_resume(job, given or {})
+        if job.finished:
+            return _finished_result(job)
         config = _with_free_settings(job.config, config)
     config.validate()
     return _Run(config, job, progress or Silent()).execute()
+
+
+def _finished_result(job: Job) -> RunResult:
+    """What a finished run found, read back from its folder."""
+    packed = job.folder / "packed_model"
+    if not packed.exists():
+        raise UsageError(f"the run in `{job.folder}` is finished", hint="start a new run to get a packed checkpoint")
+    measured = job.perplexities()
+    context: dict[str, Any] = next((v for k, v in measured.items() if k.startswith("ctx_")), {})
+    perplexities = tuple(
+        (name, Perplexity.from_dict(found["original"]), Perplexity.from_dict(found["quantized"]))
+        for name, found in context.items()
+    )
+    figures = tuple(job.result_figures())
+    bits = checkpoint_bits(packed)
+    return RunResult(job.folder, figures, bits, perplexities, (), 0.0)
 
 
 def _with_free_settings(stored: QuantConfig, now: QuantConfig) -> QuantConfig:

@@ -35,6 +35,7 @@ def run_task(
         "shape": [plan.info.out_features, plan.info.in_features],
         "bits": plan.bits.stored / plan.bits.num_weights,
         **asdict(report),
+        "kmeans_iterations": list(report.kmeans_iterations),
     }
     job.save_linear(plan.name, to_tensors(quantized, plan.layer, task.dtype), figures)
     job.log(log_line(figures), worker)

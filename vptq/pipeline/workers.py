@@ -108,7 +108,9 @@ def _start_worker(numbers: Any, gpus: int, threads: int, run_folder: Path, model
     else:
         device = torch.device("cpu")
         torch.set_num_threads(threads)
-    _worker.update(number=number, device=device, job=Job.load(run_folder), source=FolderSource(model_folder, prefix))
+    job = Job.load(run_folder)
+    job.log(f"worker {number} on {device}", number)
+    _worker.update(number=number, device=device, job=job, source=FolderSource(model_folder, prefix))
 
 
 def _run_in_worker(task: LinearTask, hessian_file: Path) -> dict[str, Any]:
