@@ -179,6 +179,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    settings = json.loads((args.out / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 and 5 both know
+    (args.out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     separator = "\n\n"
     (args.out / "evaluation.txt").write_text(separator.join(parts["heldout"]) + "\n", encoding="utf-8")
     (args.out / "calibration.txt").write_text(separator.join(parts["train"])[:CALIBRATION_CHARS] + "\n", encoding="utf-8")
