@@ -19,6 +19,7 @@ MAX_CENTROIDS = 65536
 MAX_VECTOR_LEN = 32
 FLOAT_BITWIDTH = 16
 DEFAULT_SEQ_LEN = 2048
+HUB_NAMES = ("wikitext2", "c4", "c4-new")  # datasets known by name
 
 
 def option(default: Any, group: str, help: str, metavar: str | None = None) -> Any:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vptq.config import HUB_NAMES
 from vptq.errors import UsageError
 
-HUB_NAMES = ("wikitext2", "c4", "c4-new")
 TEXT_SUFFIXES = (".txt", ".md")
 JSONL_SUFFIXES = (".jsonl", ".json")
 C4_NEW_DOCUMENTS = 1100

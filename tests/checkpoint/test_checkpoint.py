@@ -252,3 +252,42 @@ def test_other_float_types_round_trip(dtype, text_file, tmp_path):
 
     dequantized = AutoModelForCausalLM.from_pretrained(result.folder / "model", dtype=dtype)
     assert torch.equal(logits(model), logits(dequantized))
+
+
+SMALL = {
+    "vocab_size": 4096,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+OTHERS = {
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "qwen2": {"intermediate_size": 48, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "gemma2": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
+    "phi3": {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_round_trip(kind, text_file, tmp_path):
+    """Biases, fused linears, sliding windows, tied heads: packed equals dequantized, and calibration reached every linear."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from vptq.models.architecture import DEMO
+
+    torch.manual_seed(0)
+    folder = tmp_path / kind
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **OTHERS[kind]))
+    model.half().save_pretrained(folder)
+    for path in DEMO.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    result = quantize(folder, text_file, tmp_path / "out")
+    packed = AutoModelForCausalLM.from_pretrained(result.folder / "packed_model", dtype=torch.float16)
+    dequantized = AutoModelForCausalLM.from_pretrained(result.folder / "model", dtype=torch.float16)
+    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    assert torch.equal(logits(packed), logits(dequantized))
+    assert torch.equal(logits(vptq.load_quantized(result.folder / "packed_model", dtype=torch.float16)), logits(packed))
+    distance = (logits(packed) - logits(original)).norm() / logits(original).norm()
+    assert 0 < distance < 1
+    assert all(0 < f["error"] < 0.9 for f in result.figures)

@@ -52,7 +52,7 @@ def test_block_by_block_equals_the_whole_model(make, tmp_path, device):
     states = runner.embed([tokens, tokens[:1]])
     for block in range(2):
         runner.load_block(block)
-        states = runner.run_block(block, states)
+        runner.run_block_(block, states)
         runner.unload_block(block)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     with torch.no_grad():

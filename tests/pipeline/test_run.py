@@ -284,14 +284,14 @@ def test_one_block_of_weights_at_a_time(tiny_llama, text_file, tmp_path, monkeyp
     from vptq.models.runner import BlockRunner
 
     most = []
-    real = BlockRunner.run_block
+    real = BlockRunner.run_block_
 
     def counting(self, block, states, progress=None):
         loaded = [i for i, b in enumerate(self.skeleton.blocks) if not all(p.is_meta for p in b.parameters())]
         most.append(len(loaded))
         return real(self, block, states, progress)
 
-    monkeypatch.setattr(BlockRunner, "run_block", counting)
+    monkeypatch.setattr(BlockRunner, "run_block_", counting)
     quantize_model(dataclasses.replace(config_of(tiny_llama, text_file, tmp_path), eval_dataset=str(text_file)))
     assert most and max(most) == 1
 

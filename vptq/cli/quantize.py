@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vptq.cli.options import add_fields, make_parser, merge_settings, normalise_flags
 from vptq.cli.show import Bar, say, table, with_error
-from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
+from vptq.config import HUB_NAMES, CalibrationConfig, LinearConfig, QuantConfig
 from vptq.errors import UsageError, VptqError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
 
     resume = flags.pop("resume", None)
     inverse = flags.pop("inv_hessian_path", None)
-    given = merge_settings(flags, flags.pop("config", None))
+    given = _absolute_paths(merge_settings(flags, flags.pop("config", None)))
     _check_inverse(inverse, given)
     settings = given if resume is not None else _with_demo_defaults(given)
     config = QuantConfig.from_flat(settings)
@@ -65,6 +65,16 @@ def run(argv: Sequence[str]) -> int:
         bar.finish()
     print(summary(result))
     return 0
+
+
+def _absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
+    """Paths that hold wherever the run is resumed from; names of the hub stay names."""
+    found = dict(given)
+    for name in ("model_name", "dataset", "eval_dataset", "hessian_path"):
+        value = given.get(name)
+        if value is not None and value not in HUB_NAMES and (name == "hessian_path" or Path(value).expanduser().exists()):
+            found[name] = str(Path(value).expanduser().absolute())
+    return found
 
 
 def _check_inverse(inverse: str | None, given: dict[str, Any]) -> None:

@@ -111,7 +111,7 @@ def streamed_perplexity(
         states = runner.embed(group)
         for block in range(len(runner.skeleton.blocks)):
             runner.load_block(block)
-            states = runner.run_block(block, states, progress)
+            runner.run_block_(block, states, progress)
             runner.unload_block(block)
         losses += [_batch_losses(runner, states, i, counted) for i in range(len(group))]
     return summarize(torch.cat(losses), seq_len=seq_len, stride=stride, dataset=dataset)

@@ -97,18 +97,20 @@ class BlockRunner:
         return HiddenStates(batches, token_batches)
 
     @torch.no_grad()
-    def run_block(self, block: int, states: HiddenStates, progress: Callable[[], None] | None = None) -> HiddenStates:
-        """The block's outputs for every batch; the block must be loaded."""
+    def run_block_(self, block: int, states: HiddenStates, progress: Callable[[], None] | None = None) -> None:
+        """Replace every batch, in place, by the block's output: inputs and outputs of all never stand side by side.
+
+        The block must be loaded.
+        """
         module = self.skeleton.blocks[block]
-        outputs = []
-        for hidden, tokens in zip(states.batches, states.tokens, strict=True):
+        for number, tokens in enumerate(states.tokens):
+            hidden = states.batches[number]
             inputs = self._inputs[self._shape(tokens)][block]
             output = module(hidden.to(self.device), *inputs.args, **inputs.kwargs)
             self._returns_tuple = isinstance(output, tuple)
-            outputs.append((output[0] if isinstance(output, tuple) else output).to(hidden.device))
+            states.batches[number] = (output[0] if isinstance(output, tuple) else output).to(hidden.device)
             if progress:
                 progress()
-        return HiddenStates(outputs, states.tokens)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from vptq.pipeline.job import Job, check_resume
 from vptq.pipeline.plan import LinearPlan, RunPlan, make_plan
 from vptq.pipeline.progress import Progress, Silent
 from vptq.pipeline.task import LinearTask
-from vptq.pipeline.workers import make_executor
+from vptq.pipeline.workers import check_workers, make_executor
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ class _Run:
         self.started = time.perf_counter()
         self.config, self.progress = config, progress
         self.device = resolve_device(config.device)
+        check_workers(self.device, config.num_gpus)
         folder = resolve_folder(config.model_name)
         self.skeleton: Skeleton = load_skeleton(folder, config.trust_remote_code)
         if is_packed(folder):
@@ -225,19 +226,19 @@ class _Run:
             fresh: list[Hessian] = []
             if runner is not None and states is not None and block <= self.last_forward_block:
                 self.progress.phase(f"block {block}: calibrating")
-                fresh, states = self._run_block(runner, states, block)
+                fresh = self._run_block(runner, states, block)
             self._quantize_block(block, fresh)
         if runner is not None:
             runner.unload()
 
-    def _run_block(self, runner: BlockRunner, states: HiddenStates, block: int) -> tuple[list[Hessian], HiddenStates]:
-        """Inputs of the next block, and on the way this block's Hessians where they are needed."""
+    def _run_block(self, runner: BlockRunner, states: HiddenStates, block: int) -> list[Hessian]:
+        """Carry the states past a block; on the way, its Hessians where they are needed."""
         runner.load_block(block)
         units = self._forward_units(block) / len(states.batches)
         watcher = BlockHessians(self.skeleton.block_name(block))
         watching = watcher.watching(self.skeleton.blocks[block]) if self._needs(block) else contextlib.nullcontext()
         with watching:
-            states = runner.run_block(block, states, lambda: self.progress.advance(units))
+            runner.run_block_(block, states, lambda: self.progress.advance(units))
         runner.unload_block(block)
         fresh = watcher.collect()
         if self.store is not None and self.tokens is not None:
@@ -250,7 +251,7 @@ class _Run:
             }
             for hessian in fresh:
                 self.store.save(block, hessian, provenance)
-        return fresh, states
+        return fresh
 
     def _quantize_block(self, block: int, fresh: list[Hessian]) -> None:
         todo = [linear for linear in self.todo if linear.info.block == block]

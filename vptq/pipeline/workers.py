@@ -5,8 +5,8 @@ Workers read weights and Hessians from files; only names and settings go through
 
 from __future__ import annotations
 
-import contextlib
 import os
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vptq.errors import RunError, VptqError
+from vptq.errors import RunError, UsageError
 from vptq.models.files import save_tensors
 from vptq.models.stream import FolderSource
 from vptq.pipeline.job import Job
@@ -79,11 +79,15 @@ class Processes:
         self.pool.shutdown(cancel_futures=True)
 
 
+def check_workers(device: torch.device, num_gpus: int) -> None:
+    """Raise UsageError for more GPUs than there are; on a CPU any number of workers is fine."""
+    available = torch.cuda.device_count() if device.type == "cuda" else num_gpus
+    if num_gpus > available:
+        raise UsageError(f"num_gpus is {num_gpus}, there are {available} GPUs", hint=f"set --num_gpus {available}")
+
+
 def make_executor(job: Job, source: FolderSource, device: torch.device, num_gpus: int) -> Executor:
-    """One process where one is asked for. Raises VptqError for more GPUs than there are."""
-    available = torch.cuda.device_count() if device.type == "cuda" else None
-    if available is not None and num_gpus > available:
-        raise VptqError(f"num_gpus is {num_gpus}, there are {available} GPUs", hint=f"set --num_gpus {available}")
+    """This process where one worker is asked for, else a process for each."""
     return InProcess(job, source, device) if num_gpus == 1 else Processes(job, source, device, num_gpus)
 
 
@@ -101,6 +105,7 @@ _worker: dict[str, Any] = {}  # what one worker process is given once, at its st
 
 
 def _start_worker(numbers: Any, gpus: int, threads: int, run_folder: Path, model_folder: Path, prefix: str) -> None:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # files appear by rename: stopping at once loses nothing
     number = numbers.get()
     if gpus:
         device = torch.device("cuda", number % gpus)
@@ -114,7 +119,5 @@ def _start_worker(numbers: Any, gpus: int, threads: int, run_folder: Path, model
 
 
 def _run_in_worker(task: LinearTask, hessian_file: Path) -> dict[str, Any]:
-    with contextlib.suppress(KeyboardInterrupt):
-        hessian = load_file(hessian_file)["hessian"]
-        return run_task(task, _worker["source"], hessian, _worker["job"], _worker["device"], _worker["number"])
-    raise RunError("stopped")
+    hessian = load_file(hessian_file)["hessian"]
+    return run_task(task, _worker["source"], hessian, _worker["job"], _worker["device"], _worker["number"])

@@ -1,0 +1,7 @@
+"""`python -m vptq` is `vptq`."""
+
+import sys
+
+from vptq.cli.main import main
+
+sys.exit(main())
