@@ -48,6 +48,24 @@ def test_text_jsonl_and_folder_give_the_same_tokens(tmp_path, tokenizer):
     assert evaluation_stream(str(tmp_path / "b.jsonl"), tokenizer).tolist() == joined
 
 
+def test_line_separators_inside_json_are_no_line_ends(tmp_path, tokenizer):
+    (tmp_path / "x.jsonl").write_text('{"text": "a\u2028b\u0085c"}\n', encoding="utf-8")
+    assert tokenizer.decode(evaluation_stream(str(tmp_path / "x.jsonl"), tokenizer)) == "a\u2028b\u0085c"
+
+
+def test_a_large_text_is_not_tokenized_whole(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("vptq.data.CHOICE_TOKENS", 1)
+    (tmp_path / "x.txt").write_text("some words of text " * 50_000)
+    seen = []
+
+    def counting(text):
+        seen.append(len(text))
+        return tokenizer(text)
+
+    assert sequences(tmp_path / "x.txt", counting).tokens.shape == (4, 32)
+    assert seen == [8 * 4 * 4 * 32]
+
+
 def test_too_short_text_says_what_would_fit(text_file, tokenizer):
     with pytest.raises(UsageError, match=r"too short(.|\n)*set --nsamples \d+"):
         sequences(text_file, tokenizer, nsamples=10_000)
@@ -107,6 +125,11 @@ def test_hub_names_ask_for_the_usual_splits(hub, tokenizer, name, arguments, spl
 def test_c4_new_takes_the_first_1100_documents(hub, tokenizer):
     expected = tokenizer(" ".join(f"row {i} of the text" for i in range(1100)))["input_ids"]
     assert evaluation_stream("c4-new", tokenizer).tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["c4", "c4-new"])
+def test_c4_is_cut_to_256_windows(hub, tokenizer, name):
+    assert len(evaluation_stream(name, tokenizer, seq_len=8)) == 256 * 8
 
 
 def test_unreachable_hub_is_a_message(monkeypatch, tokenizer):

@@ -18,6 +18,8 @@ from vptq.errors import UsageError
 TEXT_SUFFIXES = (".txt", ".md")
 JSONL_SUFFIXES = (".jsonl", ".json")
 C4_NEW_DOCUMENTS = 1100
+C4_WINDOWS = 256
+CHOICE_TOKENS = 1 << 20  # a text up to this size is read whole, of a larger one its beginning
 Purpose = Literal["calibration", "evaluation"]
 
 
@@ -28,7 +30,7 @@ class TokenSequences:
     Attributes:
         tokens: (num_sequences, seq_len) int64.
         dataset: the name or path they were read from.
-        num_text_tokens: tokens the text had in all, used or not.
+        num_text_tokens: tokens that were read to choose from.
     """
 
     tokens: Tensor
@@ -64,7 +66,7 @@ def calibration_sequences(dataset: str, tokenizer: Any, *, nsamples: int, seq_le
     Raises:
         UsageError: a text that can't be had, or that is too short; says how much it holds.
     """
-    stream = _tokenize(dataset, "calibration", tokenizer, enough=4 * nsamples * seq_len)
+    stream = _tokenize(dataset, "calibration", tokenizer, enough=max(4 * nsamples * seq_len, CHOICE_TOKENS))
     windows = len(stream) // seq_len
     if windows < nsamples:
         raise UsageError(
@@ -79,8 +81,14 @@ def calibration_sequences(dataset: str, tokenizer: Any, *, nsamples: int, seq_le
     return TokenSequences(tokens, dataset, len(stream))
 
 
-def evaluation_stream(dataset: str, tokenizer: Any) -> Tensor:
-    """The whole evaluation text as one run of tokens: (num_tokens,) int64."""
+def evaluation_stream(dataset: str, tokenizer: Any, seq_len: int = 0) -> Tensor:
+    """The evaluation text as one run of tokens: (num_tokens,) int64.
+
+    The whole text; of c4 and c4-new, which are endless, the first 256 windows of `seq_len`, as is usual.
+    """
+    if dataset in ("c4", "c4-new") and seq_len:
+        enough = C4_WINDOWS * seq_len
+        return _tokenize(dataset, "evaluation", tokenizer, enough)[:enough]
     return _tokenize(dataset, "evaluation", tokenizer, enough=None)
 
 
@@ -106,10 +114,11 @@ def _tokenize(dataset: str, purpose: Purpose, tokenizer: Any, enough: int | None
     documents = _hub_documents(dataset, purpose) if dataset in HUB_NAMES else _path_documents(Path(dataset).expanduser())
     pieces, length = [], 0
     for text in documents:
-        pieces.append(text)
-        length += len(text)
         # A token is rarely over 8 characters: past that the rest would only be thrown away.
-        if enough is not None and length > 8 * enough:
+        room = None if enough is None else 8 * enough - length
+        pieces.append(text[:room])
+        length += len(text)
+        if room is not None and len(text) >= room:
             break
     joined = (" " if dataset == "c4-new" else "\n\n").join(pieces)
     if not joined.strip():
@@ -143,7 +152,7 @@ def _text_files(path: Path) -> list[Path]:
 
 
 def _jsonl_documents(file: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would also cut at U+2028, which JSON may hold
         if not line.strip():
             continue
         try:

@@ -118,13 +118,16 @@ def _checked(
 
 def geometry_warnings(geometry: Geometry, config: LinearConfig) -> list[str]:
     """What works but wastes something."""
-    warnings = []
-    vectors = math.prod(geometry.group_grid)
-    k = config.num_centroids[1]
-    if vectors < k:
-        waste = (k - vectors) * config.vector_len * config.bitwidth * geometry.group_num
-        warnings.append(
-            f"a group has {vectors} vectors but {k} centroids: {k - vectors} centroids a group are never used "
-            f"({waste / (geometry.out_features * geometry.in_features):.2f} bits a weight)"
-        )
-    return warnings
+    group = math.prod(geometry.group_grid)
+    stages = [
+        ("a group has", group, config.num_centroids[1], config.vector_len, "centroids", geometry.group_num),
+        ("a group has", group, config.num_res_centroids[1], config.vector_len, "residual centroids", geometry.group_num),
+        ("the outliers have", geometry.num_outlier_vectors, config.num_centroids[0], config.vector_lens[0], "centroids", 1),
+    ]
+    weights = geometry.out_features * geometry.in_features
+    return [
+        f"{who} {vectors} vectors but {k} {what}: {k - vectors} of them are never used "
+        f"({(k - vectors) * vector_len * config.bitwidth * books / weights:.2f} bits a weight)"
+        for who, vectors, k, vector_len, what, books in stages
+        if 0 < vectors < k
+    ]

@@ -81,7 +81,9 @@ def test_non_finite_activations_name_the_linears():
 
 @pytest.fixture
 def store(tmp_path):
-    return HessianStore(tmp_path / "hessians", "model-a")
+    found = HessianStore(tmp_path / "hessians", "model-a")
+    found.prepare()
+    return found
 
 
 def test_store_gives_back_what_it_kept(store, generator):
@@ -141,8 +143,6 @@ def test_published_labels_cover_the_usual_names():
 
 
 def test_pickles_that_are_no_hessians_are_refused_unexecuted(store, tmp_path):
-    store.folder.mkdir()
-
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "executed"), "w"))
@@ -155,7 +155,6 @@ def test_pickles_that_are_no_hessians_are_refused_unexecuted(store, tmp_path):
 
 
 def test_damaged_own_file_is_named(store):
-    store.folder.mkdir()
     (store.folder / "0_o.safetensors").write_bytes(b"junk")
     with pytest.raises(CheckpointError, match=r"0_o\.safetensors` is damaged"):
         store.find(0, ["o_proj"])
@@ -167,3 +166,17 @@ def test_metadata_lists_linears(store):
     store.save(0, Hessian(torch.eye(2), 5, ("a.q_proj",)), {})
     with safe_open(store.folder / "0_qkv.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["linears"]) == ["a.q_proj"]
+
+
+def test_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        HessianStore(tmp_path / "x", "m").prepare()
+
+
+def test_collect_leaves_the_watcher_empty():
+    block, watcher = Block(), BlockHessians("b")
+    with watcher.watching(block), torch.no_grad():
+        block(torch.ones(1, 4))
+    assert len(watcher.collect()) == 2
+    assert watcher.collect() == []

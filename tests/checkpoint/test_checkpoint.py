@@ -94,6 +94,12 @@ def test_packed_model_survives_saving_again(run, tmp_path):
     assert torch.equal(logits(vptq.load_quantized(tmp_path)), logits(model))
 
 
+def test_our_loaded_model_can_be_saved_and_loaded_again(run, tmp_path):
+    model = vptq.load_quantized(run.folder / "packed_model")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(vptq.load_quantized(tmp_path)), logits(model))
+
+
 def test_predicted_bits_are_the_bytes_in_the_file(run):
     """Plan == reality, item by item, and the sum over all tensors."""
     packed = run.folder / "packed_model"
@@ -291,3 +297,25 @@ def test_other_architectures_round_trip(kind, text_file, tmp_path):
     distance = (logits(packed) - logits(original)).norm() / logits(original).norm()
     assert 0 < distance < 1
     assert all(0 < f["error"] < 0.9 for f in result.figures)
+
+
+def test_checkpoint_without_the_base_prefix_is_written_under_the_models_names(text_file, tmp_path):
+    """Old OPT checkpoints call their tensors decoder.layers..., the model model.decoder.layers..."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from vptq.models.architecture import DEMO
+
+    torch.manual_seed(0)
+    folder = tmp_path / "opt"
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **SMALL, **OTHERS["opt"])).half().save_pretrained(folder)
+    path = folder / "model.safetensors"
+    save_file({k.removeprefix("model."): v for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
+    for file in DEMO.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    result = quantize(folder, text_file, tmp_path / "out")
+    packed = AutoModelForCausalLM.from_pretrained(result.folder / "packed_model", dtype=torch.float16)
+    dequantized = AutoModelForCausalLM.from_pretrained(result.folder / "model", dtype=torch.float16)
+    assert torch.equal(logits(packed), logits(dequantized))
+    assert result.bits.stored_bits_per_weight == pytest.approx(
+        sum(f["bits"] * f["shape"][0] * f["shape"][1] for f in result.figures) / result.bits.num_weights
+    )

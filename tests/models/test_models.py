@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import make_tiny_llama
 from vptq.data import evaluation_stream, load_tokenizer
 from vptq.errors import CheckpointError, UsageError
-from vptq.models.architecture import DEMO, check_linear_weights, fingerprint, load_skeleton, resolve_folder, skeleton_shapes
-from vptq.models.headers import folder_bytes, read_header, read_headers
+from vptq.models.architecture import DEMO, check_weights, load_skeleton, resolve_folder, skeleton_shapes
+from vptq.models.headers import fingerprint, folder_bytes, read_header, read_headers
 from vptq.models.runner import BlockRunner
 from vptq.models.shapes import KNOWN_MODELS, known_shapes, shapes_from_config
 from vptq.models.stream import FolderSource
@@ -38,7 +38,7 @@ def test_skeleton_holds_no_weights(tiny_llama):
     names = [linear.suffix for linear in skeleton.linears() if linear.block == 1]
     assert names == ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                      "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
-    assert check_linear_weights(skeleton, skeleton.source()) == []
+    check_weights(skeleton, skeleton.source())
 
 
 @pytest.mark.parametrize("make", [make_tiny_llama, tiny_opt], ids=["llama", "opt"])
@@ -112,19 +112,17 @@ def test_names_without_the_base_prefix_are_found(tmp_path):
     path = folder / "model.safetensors"
     save_file({k.removeprefix("model."): v for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
     skeleton = load_skeleton(folder)
-    assert check_linear_weights(skeleton, skeleton.source()) == []
+    check_weights(skeleton, skeleton.source())
     assert skeleton.source().get("model.decoder.layers.0.fc1.weight").shape == (64, 32)
 
 
 def test_fingerprint_tells_models_apart(tiny_llama, tmp_path):
-    first = fingerprint(FolderSource(tiny_llama))
-    assert first == fingerprint(FolderSource(tiny_llama))
-    copy = tmp_path / "copy"
-    shutil.copytree(tiny_llama, copy)
-    tensors = load_file(copy / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    assert fingerprint(FolderSource(copy)) != first
+    """A sibling with the same shapes and norms but other weights is another model."""
+    first = fingerprint(read_headers(tiny_llama))
+    assert first == fingerprint(read_headers(tiny_llama))
+    copy = make_tiny_llama(tmp_path / "copy", seed=1)
+    assert torch.equal(load_file(copy / "model.safetensors")["model.norm.weight"], torch.ones(32).half())
+    assert fingerprint(read_headers(copy)) != first
 
 
 def damaged(tiny_llama, tmp_path, how):
@@ -144,6 +142,54 @@ def damaged(tiny_llama, tmp_path, how):
     elif how == "not-safetensors":
         weights.write_bytes(b"hello world, this is text")
     return folder
+
+
+def edit_weights(folder, edit):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def test_every_weight_is_checked_before_the_work(tiny_llama, tmp_path):
+    folder = edit_weights(damaged(tiny_llama, tmp_path, "x"), lambda t: t.pop("model.layers.1.input_layernorm.weight"))
+    skeleton = load_skeleton(folder)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.input_layernorm\.weight: missing"):
+        check_weights(skeleton, skeleton.source())
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.update({"model.norm.weight": torch.ones(7).half()}), r"norm\.weight: \(7,\) in the file, \(32,\)"),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(48, 32).int()}), "I32: already quantized"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tiny_llama, tmp_path, edit, message):
+    folder = edit_weights(damaged(tiny_llama, tmp_path, "x"), edit)
+    skeleton = load_skeleton(folder)
+    with pytest.raises(CheckpointError, match=message):
+        check_weights(skeleton, skeleton.source())
+
+
+def test_other_quantization_methods_are_refused(tiny_llama, tmp_path):
+    folder = damaged(tiny_llama, tmp_path, "x")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(CheckpointError, match="quantized by 'fp8'"):
+        load_skeleton(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": "six"}, {"num_attention_heads": 0}, {"vocab_size": -1}, {"model_type": "x"}]
+)
+def test_nonsense_in_the_config_is_a_message(tiny_llama, tmp_path, change):
+    folder = damaged(tiny_llama, tmp_path, "x")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match="can't build a causal language model"):
+        load_skeleton(folder)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_tiny_llama
@@ -103,6 +104,28 @@ def test_resume_refuses_changed_settings_by_name(tiny_llama, text_file, tmp_path
         quantize_model(QuantConfig.from_flat(given), resume=stop.folder, given=given)
 
 
+def test_resume_keeps_where_the_work_was_done(tiny_llama, text_file, tmp_path):
+    stop = Stop(1)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(config_of(tiny_llama, text_file, tmp_path, device="cpu", num_gpus=1), progress=stop)
+    job = json.loads((stop.folder / "job.json").read_text())
+    job["settings"]["num_gpus"] = 2
+    (stop.folder / "job.json").write_text(json.dumps(job))
+    quantize_model(QuantConfig(), resume=stop.folder)
+    assert (stop.folder / "logs" / "1.log").exists(), "two workers, as the run was started with"
+
+
+def test_resume_refuses_a_changed_calibration_text(tiny_llama, text_file, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    stop = Stop(1)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(config_of(tiny_llama, text, tmp_path / "out"), progress=stop)
+    text.write_text(text_file.read_text().upper())
+    with pytest.raises(UsageError, match="has changed since"):
+        quantize_model(QuantConfig(), resume=stop.folder)
+
+
 def test_resume_refuses_another_model(tiny_llama, text_file, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
@@ -110,10 +133,7 @@ def test_resume_refuses_another_model(tiny_llama, text_file, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         quantize_model(config_of(model, text_file, tmp_path / "out"), progress=stop)
     shutil.rmtree(model)
-    make_tiny_llama(model, seed=5, hidden_size=32)
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.norm.weight"] += 1
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    make_tiny_llama(model, seed=5)
     with pytest.raises(UsageError, match="is not the model"):
         quantize_model(QuantConfig(), resume=stop.folder)
 
@@ -160,6 +180,20 @@ def test_published_hessians_quantize(tiny_llama, tmp_path, generator):
     assert (quantize_model(config).folder / "packed_model").exists()
 
 
+def test_one_missing_published_hessian_leaves_the_others_alone(tiny_llama, text_file, tmp_path, generator):
+    from tests.calibration.test_hessian import published
+
+    for block in range(2):
+        for label, size in {"qkv": 32, "up": 32, "down": 48}.items():
+            x = torch.randn(200, size, generator=generator)
+            published(tmp_path / "h", f"{block}_{label}.pt", x.T @ x / 200, x.mean(0))
+    config = config_of(tiny_llama, text_file, tmp_path / "a", hessian_path=str(tmp_path / "h"))
+    first = quantize_model(config)
+    assert sorted(p.name for p in (tmp_path / "h").glob("*.safetensors")) == ["0_o.safetensors", "1_o.safetensors"]
+    second = quantize_model(dataclasses.replace(config, output_dir=str(tmp_path / "b")))
+    assert packed_bytes(second.folder) == packed_bytes(first.folder)
+
+
 def test_hessians_of_another_model_stop_the_run_before_it_starts(tiny_llama, text_file, tmp_path, generator):
     from tests.calibration.test_hessian import published
 
@@ -179,7 +213,7 @@ def test_workers_give_the_same_bytes_and_a_log_each(whole, tiny_llama, text_file
 
 def test_fault_in_a_worker_keeps_its_message(tiny_llama, text_file, tmp_path):
     model = broken_weight(tiny_llama, tmp_path)
-    with pytest.raises(NumericalError, match=r"non-finite"):
+    with pytest.raises(NumericalError, match=r"non-finite weights(.|\n)*layers\.1\.mlp\.down_proj"):
         quantize_model(config_of(model, text_file, tmp_path / "out", num_gpus=2, device="cpu"))
 
 
@@ -298,7 +332,14 @@ def test_one_block_of_weights_at_a_time(tiny_llama, text_file, tmp_path, monkeyp
 
 def test_resolved_settings_are_kept(whole):
     assert Job.load(whole.folder).config.linear.num_centroids == (-1, 16)
-    assert "num_centroids" in (whole.folder / "config.yaml").read_text()
+    kept = yaml.safe_load((whole.folder / "config.yaml").read_text())
+    assert kept["num_centroids"] == [-1, 16] and kept["seq_len"] == 64
+
+
+def test_open_settings_are_resolved(tiny_llama, text_file, tmp_path):
+    result = quantize_model(config_of(tiny_llama, text_file, tmp_path, seq_len=None, nsamples=2))
+    assert yaml.safe_load((result.folder / "config.yaml").read_text())["seq_len"] == 128
+    assert "calibration: 2 sequences of 128 tokens" in (result.folder / "logs" / "0.log").read_text()
 
 
 @pytest.mark.gpu

@@ -138,6 +138,23 @@ def test_tol_stops_early(cloud):
     assert run(x, w, 6, tol=0.5).iterations < run(x, w, 6, tol=0.0).iterations
 
 
+def test_an_update_that_rounding_makes_worse_is_dropped(cloud, monkeypatch):
+    import vptq.quantize.kmeans as kmeans
+
+    x, w = cloud
+    real, calls = kmeans._update_centroids, []
+
+    def worse_the_third_time(*args):
+        calls.append(1)
+        return real(*args) + (10.0 if len(calls) == 3 else 0.0)
+
+    monkeypatch.setattr(kmeans, "_update_centroids", worse_the_third_time)
+    found = run(x, w, 6)
+    assert found.iterations == 2
+    assert torch.equal(found.assignments, assign_nearest(x, found.centroids))
+    assert all(b <= a for a, b in zip(found.objective, found.objective[1:], strict=False))
+
+
 def test_fixed_point_sums_equal_float64_sums(cloud):
     from vptq.quantize.kmeans import _fixed_point_sums, _ordered_sums
 

@@ -88,4 +88,6 @@ def test_waste_is_told():
     config = LinearConfig(vector_lens=(-1, 4), num_centroids=(-1, 4096), group_num=4)
     geometry, _ = plan_geometry(64, 64, config)
     assert "256 vectors but 4096 centroids" in geometry_warnings(geometry, config)[0]
+    residual = LinearConfig(vector_lens=(-1, 4), num_centroids=(-1, 16), num_res_centroids=(-1, 4096), group_num=4)
+    assert "256 vectors but 4096 residual centroids" in geometry_warnings(geometry, residual)[0]
     assert geometry_warnings(geometry_of(64, 64), LinearConfig(vector_lens=(-1, 4), num_centroids=(-1, 16))) == []

@@ -36,8 +36,8 @@ class HessianAccumulator:
 
     def mean(self) -> Tensor:
         """(in_features, in_features) float32, symmetric to the bit."""
-        mean = self.total / max(self.num_tokens, 1)
-        return ((mean + mean.T) / 2).float()
+        mean = (self.total / max(self.num_tokens, 1)).float()
+        return (mean + mean.T) / 2
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,14 @@ class BlockHessians:
         return watch
 
     def collect(self) -> list[Hessian]:
-        """One Hessian for each distinct input.
+        """One Hessian for each distinct input. Empties the watcher.
 
         Raises:
             NumericalError: non-finite activations; names the linears.
         """
         hessians, bad = [], []
-        for leader, accumulator in self._accumulators.items():
+        for leader in list(self._accumulators):
+            accumulator = self._accumulators.pop(leader)  # freed before the next one is averaged
             linears = tuple(s for s, first in self._leader.items() if first == leader)
             matrix = accumulator.mean()
             if not bool(torch.isfinite(matrix).all()):

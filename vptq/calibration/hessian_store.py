@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vptq.calibration.hessian import Hessian
 from vptq.errors import CheckpointError, UsageError
-from vptq.models.files import save_tensors
+from vptq.models.files import save_tensors, writing_to
 from vptq.models.headers import read_header
 
 PUBLISHED_LABELS = {
@@ -39,7 +39,7 @@ class HessianStore:
     """A folder of Hessians of one model.
 
     Args:
-        folder: made on the first save if it does not exist.
+        folder: made by `prepare` if it does not exist.
         fingerprint: of the model at hand; our files say which model they are of.
     """
 
@@ -47,9 +47,15 @@ class HessianStore:
         self.folder = folder
         self.fingerprint = fingerprint
 
+    def prepare(self) -> None:
+        """Make the folder, before the work. Raises UsageError where that can't be."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"--hessian_path `{self.folder}` is a file, not a folder")
+        with writing_to(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+
     def save(self, block: int, hessian: Hessian, provenance: dict[str, str]) -> None:
         """Write one Hessian, complete or not at all. provenance: dataset, nsamples, seq_len, seed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         metadata = {
             "format": "vptq-hessian-1",
             "fingerprint": self.fingerprint,

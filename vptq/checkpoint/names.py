@@ -1,15 +1,13 @@
-"""Our names and types <-> the tensors of the file format."""
+"""Our names and types -> the tensors of the file format; `nn.reference` goes the other way."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from vptq.config import FLOAT_BITWIDTH
 from vptq.errors import CheckpointError
 from vptq.layer_config import LayerConfig
-from vptq.nn.packing import from_uint16_bits, pack_bits, to_uint16_bits, unpack_bits
-from vptq.nn.reference import unpack_codebook
+from vptq.nn.packing import pack_bits, to_uint16_bits
 from vptq.quantize.result import Codebook, QuantizedWeight
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -17,7 +15,10 @@ DTYPES = {"int32": (torch.int32,), "int16": (torch.int16,), "float": FLOATS}
 
 
 def to_tensors(weight: QuantizedWeight, config: LayerConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The stored tensors of one linear, on the CPU, without its bias. dtype: the model's float type."""
+    """The stored tensors of one linear, on the CPU, without its bias (shapes: `LayerConfig.tensor_shapes`).
+
+    dtype: the model's float type.
+    """
     tensors = _codebook_to_tensors("centroids", weight.codebook, dtype)
     values = weight.indices.long()
     if weight.residual_codebook is not None and weight.residual_indices is not None:
@@ -34,35 +35,6 @@ def to_tensors(weight: QuantizedWeight, config: LayerConfig, dtype: torch.dtype)
         tensors["weight_scale"] = (ones if weight.scale is None else weight.scale).to(dtype)
         tensors["weight_bias"] = (torch.zeros_like(ones) if weight.offset is None else weight.offset).to(dtype)
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def from_tensors(tensors: dict[str, Tensor], config: LayerConfig, name: str) -> QuantizedWeight:
-    """The inverse of `to_tensors`. Raises CheckpointError, naming the linear, for what is missing or misshapen."""
-    check_tensors({key: (tuple(t.shape), t.dtype) for key, t in tensors.items()}, config, name)
-    geometry = config.geometry
-    values = unpack_bits(tensors["indices"], config.main_bits + config.residual_bits, geometry.group_grid[1])
-    main = values & ((1 << config.main_bits) - 1)
-    has_residual, has_outliers = config.num_res_centroids[1] > 0, config.outlier_size > 0
-    return QuantizedWeight(
-        geometry=geometry,
-        codebook=_codebook_from_tensors("centroids", tensors, config, config.num_centroids[1], config.vector_lens[1]),
-        indices=main.int(),
-        residual_codebook=_codebook_from_tensors(
-            "res_centroids", tensors, config, config.num_res_centroids[1], config.vector_lens[1]
-        )
-        if has_residual
-        else None,
-        residual_indices=(values >> config.main_bits).int() if has_residual else None,
-        outlier_codebook=_codebook_from_tensors(
-            "outlier_centroids", tensors, config, config.num_centroids[0], config.vector_lens[0]
-        )
-        if has_outliers
-        else None,
-        outlier_indices=from_uint16_bits(tensors["outlier_indices"]).int() if has_outliers else None,
-        perm=from_uint16_bits(tensors["perm"]) if config.enable_perm else None,
-        scale=tensors["weight_scale"].float() if config.enable_norm else None,
-        offset=tensors["weight_bias"].float() if config.enable_norm else None,
-    )
 
 
 def check_tensors(found: dict[str, tuple[tuple[int, ...], torch.dtype]], config: LayerConfig, name: str) -> None:
@@ -85,9 +57,3 @@ def _codebook_to_tensors(name: str, codebook: Codebook, dtype: torch.dtype) -> d
     half = 2 ** (codebook.bitwidth - 1)
     unsigned = codebook.levels.flatten(1).long() + half
     return {f"{name}.packed": pack_bits(unsigned, codebook.bitwidth), f"{name}.scales": codebook.scales.to(dtype)}
-
-
-def _codebook_from_tensors(name: str, tensors: dict[str, Tensor], config: LayerConfig, k: int, vector_len: int) -> Codebook:
-    if config.bitwidth == FLOAT_BITWIDTH:
-        return Codebook(tensors[f"{name}.weight"].float().unflatten(1, (k, vector_len)))
-    return unpack_codebook(tensors[f"{name}.packed"], tensors[f"{name}.scales"], config, k, vector_len)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from vptq.checkpoint.names import check_tensors
-from vptq.errors import CheckpointError
 from vptq.layer_config import LayerConfig, read_quantization_config
-from vptq.models.architecture import Skeleton, load_skeleton, resolve_folder, tied_names
+from vptq.models.architecture import Skeleton, check_weights, load_skeleton, resolve_folder, tied_names
 from vptq.models.headers import read_config
 from vptq.models.stream import FolderSource, TensorSource, load_module
 from vptq.nn.reference import dequantize_packed
@@ -88,8 +87,10 @@ def open_source(skeleton: Skeleton) -> TensorSource:
     """The weights of a model folder, dequantized where it is packed."""
     source = skeleton.source()
     if not is_packed(skeleton.folder):
+        check_weights(skeleton, source)
         return source
     layers = read_layers(skeleton.folder)
+    check_weights(skeleton, source, quantized=layers)
     check_packed(source, layers)
     return DequantizedSource(source, layers, lambda name: packed_tensors(source, name, layers[name]), skeleton.dtype)
 
@@ -112,8 +113,9 @@ def load_quantized(
     """
     folder = resolve_folder(str(path))
     layers = read_layers(folder)
-    skeleton = load_skeleton(folder, trust_remote_code)
+    skeleton = load_skeleton(folder, trust_remote_code, dtype)
     source = skeleton.source()
+    check_weights(skeleton, source, quantized=layers)
     check_packed(source, layers)
     model = skeleton.model
     replace_linears(model, layers)
@@ -121,20 +123,14 @@ def load_quantized(
     skipped = [name for name in tied_names(model) if not source.has(name)]
     load_module(model, "", source, target, dtype or skeleton.dtype, skip=skipped)
     model.tie_weights()
-    _check_loaded(model, folder)
     model.to(target)
+    model.config.quantization_config = read_config(folder)["quantization_config"]  # so that saving it again keeps it
     with contextlib.suppress(OSError):
         model.generation_config = _generation_config(folder)
     for module in model.modules():
         if hasattr(module, "set_cache"):
             module.set_cache(cache_weights)
     return model.eval()
-
-
-def _check_loaded(model: Any, folder: Path) -> None:
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if left:
-        raise CheckpointError(f"`{folder}` lacks tensors of the model", where=left, hint="get the checkpoint anew")
 
 
 def _generation_config(folder: Path) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -66,9 +65,9 @@ class CheckpointWriter:
     def add_json(self, name: str, value: Any) -> None:
         save_json(self.partial / name, value)
 
-    def copy_files(self, source: Path) -> None:
-        """Tokenizer, generation config and the like, as they are."""
-        for pattern in COPIED_PATTERNS:
+    def copy_files(self, source: Path, with_code: bool) -> None:
+        """Tokenizer, generation config and the like, as they are; a model's own Python files where its config names them."""
+        for pattern in (*COPIED_PATTERNS, *(["*.py"] if with_code else [])):
             for path in sorted(source.glob(pattern)):
                 if path.is_file():
                     with writing_to(self.partial / path.name):
@@ -106,47 +105,54 @@ class CheckpointWriter:
 
 
 def write_packed(
-    folder: Path, source: FolderSource, layers: Mapping[str, LayerConfig], packed: Iterator[tuple[str, dict[str, Tensor]]]
+    folder: Path,
+    source: FolderSource,
+    parameters: Collection[str],
+    layers: Mapping[str, LayerConfig],
+    packed: Iterator[tuple[str, dict[str, Tensor]]],
 ) -> None:
     """A packed checkpoint: everything of the original but the quantized weights, and the packed tensors instead.
 
     Args:
+        parameters: the model's own parameter names, which the tensors are written under.
         packed: (linear name, its stored tensors) for every name in `layers`.
     """
-    config = _original_config(source.folder)
-    config["quantization_config"] = quantization_config(dict(layers))
-    replaced = {source.file_name(f"{name}.weight") for name in layers}
+    tensors = ((f"{linear}.{key}", tensor) for linear, stored in packed for key, tensor in stored.items())
+    config = read_config(source.folder) | {"quantization_config": quantization_config(dict(layers))}
+    _write_model(folder, source, parameters, list(layers), tensors, config)
+
+
+def write_dequantized(
+    folder: Path,
+    source: FolderSource,
+    parameters: Collection[str],
+    linears: Collection[str],
+    weights: Iterator[tuple[str, Tensor]],
+) -> None:
+    """A checkpoint of the original's form with other weights.
+
+    Args:
+        parameters: as for `write_packed`. weights: (linear name, weight in the model's type) for every name in `linears`.
+    """
+    tensors = ((f"{linear}.weight", weight) for linear, weight in weights)
+    _write_model(folder, source, parameters, linears, tensors, read_config(source.folder))
+
+
+def _write_model(
+    folder: Path,
+    source: FolderSource,
+    parameters: Collection[str],
+    linears: Collection[str],
+    tensors: Iterator[tuple[str, Tensor]],
+    config: dict[str, Any],
+) -> None:
+    own_names = {source.file_name(name): name for name in parameters}
+    replaced = {source.file_name(f"{linear}.weight") for linear in linears}
     with CheckpointWriter(folder) as writer:
         for name in source.entries:
             if name not in replaced:
-                writer.add(name, source.get_stored(name))
-        for linear, tensors in packed:
-            for key, tensor in tensors.items():
-                writer.add(_name_beside(source, linear, key), tensor)
+                writer.add(own_names.get(name, name), source.get_stored(name))
+        for name, tensor in tensors:
+            writer.add(name, tensor)
         writer.add_json("config.json", config)
-        writer.copy_files(source.folder)
-
-
-def write_dequantized(folder: Path, source: FolderSource, weights: Iterator[tuple[str, Tensor]]) -> None:
-    """A checkpoint of the original's form with other weights. weights: (linear name, weight in the model's type)."""
-    with CheckpointWriter(folder) as writer:
-        replaced = set()
-        for linear, weight in weights:
-            name = source.file_name(f"{linear}.weight") or f"{linear}.weight"
-            replaced.add(name)
-            writer.add(name, weight)
-        for name in source.entries:
-            if name not in replaced:
-                writer.add(name, source.get_stored(name))
-        writer.add_json("config.json", _original_config(source.folder))
-        writer.copy_files(source.folder)
-
-
-def _original_config(folder: Path) -> dict[str, Any]:
-    return json.loads(json.dumps(read_config(folder)))
-
-
-def _name_beside(source: FolderSource, linear: str, key: str) -> str:
-    """The file name of a packed tensor: the weight's own, with `weight` replaced, so that prefixes agree."""
-    weight = source.file_name(f"{linear}.weight") or f"{linear}.weight"
-    return f"{weight.removesuffix('.weight')}.{key}"
+        writer.copy_files(source.folder, with_code="auto_map" in config)

@@ -12,7 +12,7 @@ from vptq.cli.options import add_fields, make_parser, merge_settings, normalise_
 from vptq.cli.show import bits_table, write_json
 from vptq.config import LinearConfig, QuantConfig
 from vptq.errors import UsageError
-from vptq.models.headers import read_config
+from vptq.models.headers import is_hub_name, read_config
 from vptq.models.shapes import KNOWN_MODELS, ModelShapes, can_derive, known_shapes, shapes_from_config
 
 EXAMPLES = """\
@@ -67,6 +67,11 @@ def _count(shape: str | None, model_name: str | None, given: dict[str, Any]) -> 
                 where=vector_settings,
                 hint="leave these flags out",
             )
+        if not Path(model_name or "").expanduser().is_dir():
+            raise UsageError(
+                f"`{model_name}` is a packed checkpoint on the hub; its files are needed to count them",
+                hint=f"hf download {model_name} --local-dir FOLDER, then vptq bits --model_name FOLDER",
+            )
         return checkpoint_bits(folder)
     return model_bits(_shapes(folder, model_config), config.linear)
 
@@ -78,7 +83,7 @@ def _config_folder(model_name: str | None) -> Path:
     path = Path(model_name).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or model_name.count("/") != 1 or model_name.startswith((".", "/", "~")):
+    if path.exists() or "/" not in model_name or not is_hub_name(model_name):
         raise UsageError(
             f"`{model_name}` is no model folder, no hub name and not in the table of shapes",
             hint=f"known: {', '.join(KNOWN_MODELS)}",

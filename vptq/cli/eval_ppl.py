@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vptq.cli.options import make_parser, normalise_flags
-from vptq.cli.show import Bar, table, with_error, write_json
+from vptq.cli.show import Bar, check_target, table, with_error, write_json
 from vptq.config import DEFAULT_SEQ_LEN
 from vptq.errors import UsageError
 
@@ -46,6 +46,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--json", default=None, metavar="FILE", help="write the figures as JSON (- for stdout)")
     parser.add_argument("--trust_remote_code", action="store_true", default=False, help="let the model folder's own code run")
     args = parser.parse_args(normalise_flags(argv))
+    check_target(args.json)
 
     from vptq.pipeline.evaluate import evaluate_model
 
@@ -63,10 +64,10 @@ def run(argv: Sequence[str]) -> int:
         )
     finally:
         bar.finish()
-    if args.json is not None:
-        write_json(_as_json(args.model_name, results), args.json)
     if args.json != "-":
         print(_as_table(results))
+    if args.json is not None:
+        write_json(_as_json(args.model_name, results), args.json)
     return 0
 
 

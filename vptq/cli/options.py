@@ -64,14 +64,13 @@ def normalise_flags(argv: Iterable[str]) -> list[str]:
     return words
 
 
-def add_fields(parser: argparse.ArgumentParser, *kinds: type, leave_out: Iterable[str] = ()) -> None:
+def add_fields(parser: argparse.ArgumentParser, *kinds: type) -> None:
     """A flag for every option field of some config classes, under its group's heading."""
     groups: dict[str, Any] = {}
-    skipped = set(leave_out)
     for kind in kinds:
         hints = get_type_hints(kind)
         for f in dataclasses.fields(kind):
-            if "help" not in f.metadata or f.name in skipped:
+            if "help" not in f.metadata:
                 continue
             group = f.metadata["group"]
             if group not in groups:

@@ -18,7 +18,7 @@ EXAMPLES = """\
   vptq quantize                                    the demo model in the package, offline
   vptq quantize --model_name ./my-llama --dataset my_text.txt --vector_lens -1 8 --num_centroids -1 65536 \\
       --num_res_centroids -1 256 --eval_dataset wikitext2
-  vptq quantize --model_name ./my-llama --config configs/llama2_7b_2.02bit.yaml
+  vptq quantize --model_name ./my-llama --config configs/table8_llama-2-7b_2.02bit.yaml
   vptq quantize --resume outputs/my-llama/v8_c65536/2026-01-31-12-00-00"""
 
 DEMO_DEFAULTS = {"vector_lens": [-1, 4], "num_centroids": [-1, 256]}

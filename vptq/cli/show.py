@@ -73,6 +73,14 @@ def write_json(value: Any, target: str) -> None:
         raise UsageError(f"`{target}` can't be written", where=[str(error)]) from error
 
 
+def check_target(target: str | None) -> None:
+    """Raise UsageError, before the work, if a results file can't be written where it is asked for."""
+    if target not in (None, "-"):
+        folder = Path(str(target)).expanduser().absolute().parent
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise UsageError(f"`{target}` can't be written", where=[f"{folder} is no folder that can be written to"])
+
+
 def say(text: str) -> None:
     """A line for people, beside the results."""
     print(text, file=sys.stderr, flush=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vptq.errors import CheckpointError, UsageError
-from vptq.models.headers import DTYPE_BITS, read_config, read_headers
+from vptq.models.headers import is_hub_name, read_config, read_headers
 from vptq.models.shapes import LinearShape, ModelShapes
 from vptq.models.stream import FLOAT_TYPES, FolderSource
 
@@ -73,23 +73,32 @@ class Skeleton:
         return FolderSource(self.folder, getattr(self.model, "base_model_prefix", ""))
 
 
-def load_skeleton(folder: Path, trust_remote_code: bool = False) -> Skeleton:
+def load_skeleton(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> Skeleton:
     """Build the model of a folder without reading its weights.
 
+    Args:
+        dtype: float type it will run in, which buffers are made in; None for the stored one.
     Raises:
-        CheckpointError: a missing or damaged folder.   UsageError: a model whose blocks or linears are not found.
+        CheckpointError: a missing or damaged folder, or one quantized by another method.
+        UsageError: a model whose blocks or linears are not found.
     """
     from accelerate import init_empty_weights  # noqa: PLC0415 (slow imports, only where a model is built)
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
 
-    read_config(folder)
+    method = (read_config(folder).get("quantization_config") or {}).get("quant_method", "vptq")
+    if method != "vptq":
+        raise CheckpointError(f"`{folder}` is quantized by {method!r}, which is not read", hint="give the unquantized original")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        stored = _stored_dtype(folder, config)
+        setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype or stored)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever transformers makes of a damaged or unknown config
         raise CheckpointError(
             f"transformers can't build a causal language model from `{folder}`",
             where=[str(error).strip().split("\n")[0]],
@@ -98,7 +107,7 @@ def load_skeleton(folder: Path, trust_remote_code: bool = False) -> Skeleton:
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return Skeleton(folder, model, _find_blocks(model, folder), _stored_dtype(folder, config))
+    return Skeleton(folder, model, _find_blocks(model, folder), stored)
 
 
 def _find_blocks(model: nn.Module, folder: Path) -> str:
@@ -146,30 +155,37 @@ def tied_names(model: Any) -> set[str]:
     return set(keys) if tied else set()
 
 
-def fingerprint(source: FolderSource) -> str:
-    """Which model this is: a hash of every tensor's name, shape and type and the values of all one-dimensional ones."""
-    digest = hashlib.sha256()
-    for name, entry in sorted(source.entries.items()):
-        digest.update(f"{name} {entry.shape} {entry.dtype}\n".encode())
-        if len(entry.shape) == 1:
-            digest.update(source.get(name).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def check_weights(skeleton: Skeleton, source: FolderSource, quantized: Collection[str] = ()) -> None:
+    """See that the folder holds every parameter of the model in its shape, and linears as floats; reads headers only.
 
-
-def check_linear_weights(skeleton: Skeleton, source: FolderSource) -> list[str]:
-    """Linears whose weight the folder lacks, or has in another shape or a type that can't be quantized."""
-    faults = []
-    for linear in skeleton.linears():
-        name = f"{linear.name}.weight"
+    Args:
+        quantized: linears whose weight the folder holds packed.
+    Raises:
+        CheckpointError: lists all that do not fit.
+    """
+    linears = {f"{linear.name}.weight" for linear in skeleton.linears()}
+    tied = tied_names(skeleton.model)
+    faults, missing = [], 0
+    for name, parameter in skeleton.model.named_parameters():
+        if name.removesuffix(".weight") in quantized or (name in tied and not source.has(name)):
+            continue
         if not source.has(name):
-            faults.append(f"{name}: missing in `{source.folder}`")
+            faults.append(f"{name}: missing")
+            missing += 1
             continue
         entry = source.entry(name)
-        if entry.shape != (linear.out_features, linear.in_features):
-            faults.append(f"{name}: {entry.shape} in the file, ({linear.out_features}, {linear.in_features}) by config.json")
-        elif entry.dtype not in FLOAT_TYPES:
-            faults.append(f"{name}: stored as {entry.dtype} ({DTYPE_BITS.get(entry.dtype, '?')} bits): already quantized?")
-    return faults
+        if entry.shape != tuple(parameter.shape):
+            faults.append(f"{name}: {entry.shape} in the file, {tuple(parameter.shape)} by config.json")
+        elif name in linears and entry.dtype not in FLOAT_TYPES:
+            faults.append(f"{name}: stored as {entry.dtype}: already quantized?")
+    if faults:
+        renamed = "get the folder anew; models whose files name or fuse weights in another way than transformers' modules do "
+        renamed += "(GPT-NeoX, Mixtral and others in transformers 5) are not handled yet"
+        raise CheckpointError(
+            f"the weights in `{source.folder}` are not those of the model that config.json describes",
+            where=faults,
+            hint=renamed if missing else "get the folder anew, or give the unquantized original",
+        )
 
 
 def resolve_folder(model_name: str | None) -> Path:
@@ -179,8 +195,7 @@ def resolve_folder(model_name: str | None) -> Path:
     path = Path(model_name).expanduser()
     if path.is_dir():
         return path
-    looks_like_hub_name = model_name.count("/") <= 1 and not model_name.startswith((".", "/", "~"))
-    if path.exists() or not looks_like_hub_name:
+    if path.exists() or not is_hub_name(model_name):
         raise CheckpointError(
             f"model folder `{model_name}` does not exist", hint="give a folder with config.json, or a hub name"
         )

@@ -5,8 +5,10 @@ A safetensors file is 8 bytes of header length (little-endian), a JSON header {n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from vptq.errors import CheckpointError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100 << 20
+SAMPLE_BYTES = 4096
 DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -25,12 +28,13 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: its shape, safetensors dtype name, bytes on disk, and the file."""
+    """One tensor of a file: its shape, safetensors dtype name, bytes on disk, the file, and where in it the bytes start."""
 
     shape: tuple[int, ...]
     dtype: str
     num_bytes: int
     file: Path
+    offset: int
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -48,7 +52,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             start, end = entry["data_offsets"]
             if not 0 <= start <= end <= size - 8 - length:
                 raise ValueError(f"`{name}` lies past the end of the file: it is cut short")
-            entries[name] = TensorEntry(tuple(entry["shape"]), entry["dtype"], end - start, path)
+            entries[name] = TensorEntry(tuple(entry["shape"]), entry["dtype"], end - start, path, 8 + length + start)
     except FileNotFoundError:
         raise CheckpointError(f"`{path}` is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -84,7 +88,10 @@ def read_headers(folder: Path) -> dict[str, TensorEntry]:
             f"`{folder}` holds pickled weights (pytorch_model.bin), which are not read",
             hint="write it as safetensors: AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_folder)",
         )
-    raise CheckpointError(f"`{folder}` holds no safetensors weights", hint="give a model folder as transformers saves it")
+    raise CheckpointError(
+        f"`{folder}` holds no safetensors weights",
+        hint="give a model folder as transformers saves it; pickled weights (pytorch_model.bin) must be converted first",
+    )
 
 
 def read_config(folder: Path) -> dict:
@@ -101,6 +108,23 @@ def read_config(folder: Path) -> dict:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"`{path}` is damaged", where=[str(error)], hint="get the file anew") from error
     return config
+
+
+def fingerprint(entries: Mapping[str, TensorEntry]) -> str:
+    """Which model this is: a hash of every tensor's name, shape, type, and its first and last bytes."""
+    digest = hashlib.sha256()
+    for name, entry in sorted(entries.items()):
+        digest.update(f"{name} {entry.shape} {entry.dtype}\n".encode())
+        with entry.file.open("rb") as file:
+            for start in (0, max(0, entry.num_bytes - SAMPLE_BYTES)):
+                file.seek(entry.offset + start)
+                digest.update(file.read(min(SAMPLE_BYTES, entry.num_bytes - start)))
+    return digest.hexdigest()
+
+
+def is_hub_name(model_name: str) -> bool:
+    """Whether something that is no path here could be ORG/NAME or NAME on the hub."""
+    return model_name.count("/") <= 1 and not model_name.startswith((".", "/", "~"))
 
 
 def folder_bytes(folder: Path) -> int:

@@ -11,7 +11,7 @@ from vptq.config import FLOAT_BITWIDTH
 from vptq.layer_config import LayerConfig
 from vptq.nn.packing import from_uint16_bits, unpack_bits
 from vptq.quantize.codebook import expand_scales
-from vptq.quantize.result import Codebook, join_vectors, look_up
+from vptq.quantize.result import join_vectors, look_up
 
 CHUNK_WEIGHTS = 1 << 20
 
@@ -54,16 +54,9 @@ def stored_centroids(name: str, tensors: Mapping[str, Tensor], config: LayerConf
     """A stored codebook's values: (codebooks, k, vector_len) float32."""
     if config.bitwidth == FLOAT_BITWIDTH:
         return tensors[f"{name}.weight"].float().unflatten(1, (k, vector_len))
-    return unpack_codebook(tensors[f"{name}.packed"], tensors[f"{name}.scales"], config, k, vector_len).centroids
-
-
-def unpack_codebook(packed: Tensor, scales: Tensor, config: LayerConfig, k: int, vector_len: int) -> Codebook:
-    """b-bit levels and their scales -> Codebook. packed: (codebooks, words) int32; scales: (codebooks, runs) float."""
     half = 2 ** (config.bitwidth - 1)
-    levels = unpack_bits(packed, config.bitwidth, k * vector_len).unflatten(1, (k, vector_len)) - half
-    centroids = levels.float() * expand_scales(scales.float(), config.bsize, k)
-    kind = torch.int8 if config.bitwidth <= 8 else torch.int16
-    return Codebook(centroids, levels.to(kind), scales.float(), config.bitwidth, config.bsize)
+    levels = unpack_bits(tensors[f"{name}.packed"], config.bitwidth, k * vector_len).unflatten(1, (k, vector_len)) - half
+    return levels.float() * expand_scales(tensors[f"{name}.scales"].float(), config.bsize, k)
 
 
 def _fill_outliers(weight: Tensor, centroids: Tensor, stored: Tensor, config: LayerConfig) -> None:

@@ -22,6 +22,6 @@ def resolve_device(name: str | None) -> torch.device:
     return device
 
 
-def compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """Float type that blocks run in: the model's own on a GPU, float32 on a CPU."""
-    return stored if device.type == "cuda" else torch.float32
+def forced_dtype(device: torch.device) -> torch.dtype | None:
+    """Float type that blocks run in: float32 on a CPU; on a GPU the model's own (None)."""
+    return None if device.type == "cuda" else torch.float32

@@ -11,7 +11,7 @@ from vptq.errors import UsageError
 from vptq.evaluation.perplexity import Perplexity, cut_windows, progress_steps, streamed_perplexity
 from vptq.models.architecture import DEMO, load_skeleton, resolve_folder
 from vptq.models.runner import BlockRunner
-from vptq.pipeline.device import compute_dtype, resolve_device
+from vptq.pipeline.device import forced_dtype, resolve_device
 from vptq.pipeline.progress import Progress, Silent
 
 
@@ -39,15 +39,17 @@ def evaluate_model(
     names = list(datasets or [str(DEMO / "evaluation.txt") if model_name is None else "wikitext2"])
     for name in names:
         check_dataset(name)
-    skeleton = load_skeleton(resolve_folder(model_name), trust_remote_code)
+    skeleton = load_skeleton(resolve_folder(model_name), trust_remote_code, forced_dtype(target))
     seq_len = resolve_seq_len(seq_len, skeleton.max_seq_len)
     source = open_source(skeleton)
     tokenizer = load_tokenizer(skeleton.folder, trust_remote_code)
     windows = {
-        name: cut_windows(evaluation_stream(name, tokenizer), seq_len=seq_len, stride=stride, limit=limit, dataset=name)
+        name: cut_windows(
+            evaluation_stream(name, tokenizer, seq_len), seq_len=seq_len, stride=stride, limit=limit, dataset=name
+        )
         for name in names
     }
-    runner = BlockRunner(skeleton, source, target, compute_dtype(target, skeleton.dtype))
+    runner = BlockRunner(skeleton, source, target, forced_dtype(target) or skeleton.dtype)
     progress.start(sum(progress_steps(runner, w) for w in windows.values()), 0)
     results = []
     for name, cut in windows.items():

@@ -32,25 +32,29 @@ FREE_ON_RESUME = {"output_dir", "num_gpus", "device", "trust_remote_code"}
 class Job:
     """One run folder."""
 
-    def __init__(self, folder: Path, config: QuantConfig, fingerprint: str) -> None:
-        self.folder, self.config, self.fingerprint = folder, config, fingerprint
+    def __init__(self, folder: Path, config: QuantConfig, fingerprint: str, facts: dict[str, Any]) -> None:
+        self.folder, self.config, self.fingerprint, self.facts = folder, config, fingerprint, facts
         self.work = folder / "work"
         self.logs = folder / "logs"
 
     @classmethod
-    def create(cls, config: QuantConfig, fingerprint: str) -> Job:
-        """A new run folder: OUTPUT_DIR/MODEL_NAME/v{main}_c{centroids}/{start time}."""
+    def create(cls, config: QuantConfig, fingerprint: str, facts: dict[str, Any]) -> Job:
+        """A new run folder: OUTPUT_DIR/MODEL_NAME/v{main}_c{centroids}/{start time}.
+
+        facts: what open settings came to: `dataset`, `seq_len`, and a hash of the calibration `tokens` if there are any.
+        """
         linear = config.linear
         residual = f"+{linear.num_res_centroids[1]}" if linear.has_residual else ""
         setting = f"v{linear.vector_len}_c{linear.num_centroids[1]}{residual}"
         parent = Path(config.output_dir).expanduser() / _model_folder_name(config.model_name) / setting
         with writing_to(parent):
             folder = _fresh_folder(parent, time.strftime("%Y-%m-%d-%H-%M-%S"))
-        job = cls(folder, config, fingerprint)
+        job = cls(folder, config, fingerprint, facts)
         with writing_to(folder):
             job.work.mkdir()
             job.logs.mkdir()
-            (folder / "config.yaml").write_text(yaml.safe_dump(config.to_flat(), sort_keys=False), encoding="utf-8")
+            resolved = config.to_flat() | {name: facts[name] for name in ("dataset", "seq_len")}
+            (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
         job.save(finished=False)
         return job
 
@@ -62,7 +66,7 @@ class Job:
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["version"] != JOB_VERSION:
                 raise CheckpointError(f"`{folder}` was made by another version of vptq", hint="start a new run")
-            return cls(folder, QuantConfig.from_flat(stored["settings"]), stored["fingerprint"])
+            return cls(folder, QuantConfig.from_flat(stored["settings"]), stored["fingerprint"], stored["facts"])
         except FileNotFoundError:
             raise CheckpointError(
                 f"`{folder}` is no run folder: it holds no job.json",
@@ -76,9 +80,18 @@ class Job:
             "version": JOB_VERSION,
             "settings": self.config.to_flat(),
             "fingerprint": self.fingerprint,
+            "facts": self.facts,
             "finished": finished,
         }
         save_json(self.folder / "job.json", state)
+
+    def check_facts(self, facts: dict[str, Any]) -> None:
+        """Raise UsageError if a resumed run would calibrate on other tokens than it did before."""
+        if "tokens" in self.facts and facts.get("tokens", self.facts["tokens"]) != self.facts["tokens"]:
+            raise UsageError(
+                f"calibration text `{facts['dataset']}` has changed since `{self.folder}` was started",
+                hint="put the old text back, or start a new run",
+            )
 
     @property
     def finished(self) -> bool:

@@ -12,7 +12,7 @@ from vptq.data import check_dataset
 from vptq.errors import UsageError
 from vptq.geometry import geometry_warnings, plan_geometry
 from vptq.layer_config import LayerConfig
-from vptq.models.architecture import DEMO, LinearInfo, Skeleton, check_linear_weights
+from vptq.models.architecture import DEMO, LinearInfo, Skeleton, check_weights
 from vptq.models.headers import DTYPE_BITS
 from vptq.models.stream import FolderSource
 from vptq.pipeline.evaluate import resolve_seq_len
@@ -61,13 +61,7 @@ def make_plan(config: QuantConfig, skeleton: Skeleton, source: FolderSource) -> 
         UsageError: with everything that does not fit, listed.
     """
     config.validate()
-    faults = check_linear_weights(skeleton, source)
-    if faults:
-        raise UsageError(
-            f"the weights in `{skeleton.folder}` can't be quantized",
-            where=faults,
-            hint="get the folder anew, or its unquantized original",
-        )
+    check_weights(skeleton, source)
     linears = _plan_linears(config.linear, skeleton)
     seq_len = resolve_seq_len(config.calibration.seq_len, skeleton.max_seq_len)
     datasets = _eval_datasets(config)
@@ -75,7 +69,6 @@ def make_plan(config: QuantConfig, skeleton: Skeleton, source: FolderSource) -> 
     for dataset in (calibration, *datasets):
         check_dataset(dataset)
     bits = _file_bits(linears, skeleton, source)
-    _check_disk(config, bits, source)
     return RunPlan(linears, calibration, seq_len, datasets, bits, tuple(_warnings(config, linears)))
 
 
@@ -121,19 +114,24 @@ def _file_bits(linears: tuple[LinearPlan, ...], skeleton: Skeleton, source: Fold
     return ModelBits(tuple(linear.bits for linear in linears), sum(e.num_bytes for e in others) * 8, weights)
 
 
-def _check_disk(config: QuantConfig, bits: ModelBits, source: FolderSource) -> None:
-    """Work files, packed checkpoint and dequantized checkpoint must fit; say so before hours of work."""
+def check_disk(config: QuantConfig, plan: RunPlan, source: FolderSource, *, already: int, hessians: int) -> None:
+    """Raise UsageError, before hours of work, if the results will not fit.
+
+    Args:
+        already: bytes that a resumed run's folder holds. hessians: bytes that will be kept in --hessian_path.
+    """
     original = sum(entry.num_bytes for entry in source.entries.values())
-    needed = sum(b.stored for b in bits.linears) // 8
-    needed += bits.file_bits // 8 if config.save_packed_model else 0
+    needed = sum(b.stored for b in plan.bits.linears) // 8 - already + hessians
+    needed += plan.bits.file_bits // 8 if config.save_packed_model else 0
     needed += original if config.save_model else 0
     existing = Path(config.output_dir).expanduser().absolute()
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if needed * DISK_SLACK > free:
+        wanted, there = f"{needed * DISK_SLACK / 1e9:.1f} GB", f"{free / 1e9:.1f} GB"
         raise UsageError(
-            f"the disk is full: results need about {needed * DISK_SLACK / 1e9:.1f} GB, `{existing}` has {free / 1e9:.1f} GB",
+            f"the disk is full: results need about {wanted}, `{existing}` has {there}",
             hint="free some space, or give another --output_dir",
         )
 

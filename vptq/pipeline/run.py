@@ -6,6 +6,7 @@ plan -> tokens -> block by block: inputs, Hessians, linears, each safe on disk b
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,22 +17,23 @@ from torch import Tensor
 
 from vptq.bits import ModelBits, checkpoint_bits
 from vptq.calibration.hessian import BlockHessians, Hessian
-from vptq.calibration.hessian_store import HessianStore
+from vptq.calibration.hessian_store import HessianStore, label_of
 from vptq.checkpoint.reader import DequantizedSource, is_packed, packed_tensors
 from vptq.checkpoint.writer import write_dequantized, write_packed
 from vptq.config import OFF, QuantConfig
 from vptq.data import TokenSequences, calibration_sequences, evaluation_stream, load_tokenizer
 from vptq.errors import UsageError
 from vptq.evaluation.perplexity import Perplexity, cut_windows, progress_steps, streamed_perplexity, token_batches
-from vptq.models.architecture import Skeleton, fingerprint, load_skeleton, resolve_folder
+from vptq.models.architecture import Skeleton, load_skeleton, resolve_folder
 from vptq.models.files import save_json
+from vptq.models.headers import fingerprint, folder_bytes
 from vptq.models.runner import BlockRunner, HiddenStates
 from vptq.models.stream import FolderSource, TensorSource
 from vptq.nn.reference import dequantize_packed
 from vptq.pipeline.cost import forward_units, hessian_units, linear_units
-from vptq.pipeline.device import compute_dtype, resolve_device
-from vptq.pipeline.job import Job, check_resume
-from vptq.pipeline.plan import LinearPlan, RunPlan, make_plan
+from vptq.pipeline.device import forced_dtype, resolve_device
+from vptq.pipeline.job import FREE_ON_RESUME, Job, check_resume
+from vptq.pipeline.plan import LinearPlan, RunPlan, check_disk, make_plan
 from vptq.pipeline.progress import Progress, Silent
 from vptq.pipeline.task import LinearTask
 from vptq.pipeline.workers import check_workers, make_executor
@@ -64,7 +66,7 @@ def quantize_model(
     """Quantize a model from calibration to checkpoint.
 
     Args:
-        config: the wishes; with `resume` those of the run folder hold, but for where the work is done.
+        config: the wishes; with `resume` those of the run folder hold instead, but for where `given` says to work.
         resume: run folder to go on with. given: what the user set this time, checked against that run's settings.
     Raises:
         UsageError: bad input, before any work. VptqError: a fault in the run, which can be resumed.
@@ -75,7 +77,8 @@ def quantize_model(
         check_resume(job, given or {})
         if job.finished:
             return _finished_result(job)
-        config = _with_free_settings(job.config, config)
+        free = {name: value for name, value in (given or {}).items() if name in FREE_ON_RESUME}
+        config = QuantConfig.from_flat(job.config.to_flat() | free)
     config.validate()
     return _Run(config, job, progress or Silent()).execute()
 
@@ -96,11 +99,6 @@ def _finished_result(job: Job) -> RunResult:
     return RunResult(job.folder, figures, bits, perplexities, (), 0.0)
 
 
-def _with_free_settings(stored: QuantConfig, now: QuantConfig) -> QuantConfig:
-    flat = stored.to_flat() | {name: getattr(now, name) for name in ("num_gpus", "device", "trust_remote_code")}
-    return QuantConfig.from_flat(flat)
-
-
 class _Run:
     """One execution. Everything that can be refused is refused in `__init__`, before anything is written."""
 
@@ -110,13 +108,13 @@ class _Run:
         self.device = resolve_device(config.device)
         check_workers(self.device, config.num_gpus)
         folder = resolve_folder(config.model_name)
-        self.skeleton: Skeleton = load_skeleton(folder, config.trust_remote_code)
+        self.skeleton: Skeleton = load_skeleton(folder, config.trust_remote_code, forced_dtype(self.device))
         if is_packed(folder):
             raise UsageError(f"`{folder}` is quantized already", hint="give the original model")
         self.source: FolderSource = self.skeleton.source()
-        self.dtype = compute_dtype(self.device, self.skeleton.dtype)
+        self.dtype = forced_dtype(self.device) or self.skeleton.dtype
         self.plan: RunPlan = make_plan(config, self.skeleton, self.source)
-        self.fingerprint = fingerprint(self.source)
+        self.fingerprint = fingerprint(self.source.entries)
         if job is not None and job.fingerprint != self.fingerprint:
             raise UsageError(f"`{folder}` is not the model that `{job.folder}` was started with", hint="start a new run")
         hessian_path = config.calibration.hessian_path
@@ -126,7 +124,11 @@ class _Run:
         self.todo = [linear for linear in self.plan.linears if linear.name not in done]
         self.tokens = self._calibration_tokens()
         self.windows = self._evaluation_windows()
-        self.job = job or Job.create(config, self.fingerprint)
+        self._check_disk(job)
+        if self.store is not None:
+            self.store.prepare()
+        self.job = job or Job.create(config, self.fingerprint, self._facts())
+        self.job.check_facts(self._facts())
         self.executor = make_executor(self.job, self.source, self.device, config.num_gpus)
         self.figures = {name: self.job.figures(name) or {} for name in done}
 
@@ -172,10 +174,31 @@ class _Run:
         limit = None if self.config.eval_nsamples == OFF else self.config.eval_nsamples
         return {
             name: cut_windows(
-                evaluation_stream(name, tokenizer), seq_len=self.plan.seq_len, stride=None, limit=limit, dataset=name
+                evaluation_stream(name, tokenizer, self.plan.seq_len),
+                seq_len=self.plan.seq_len,
+                stride=None,
+                limit=limit,
+                dataset=name,
             )
             for name in self.plan.eval_datasets
         }
+
+    def _facts(self) -> dict[str, Any]:
+        """What the settings came to: kept with the run, and what a resumed run must find again."""
+        facts: dict[str, Any] = {"seq_len": self.plan.seq_len, "dataset": self.plan.calibration_dataset}
+        if self.tokens is not None:
+            facts["tokens"] = hashlib.sha256(self.tokens.tokens.numpy().tobytes()).hexdigest()
+        return facts
+
+    def _check_disk(self, job: Job | None) -> None:
+        fresh = {
+            (i.block, label_of(i.suffix), i.in_features)
+            for i in (linear.info for linear in self.todo)
+            if i.name not in self.kept
+        }
+        hessians = sum(4 * size**2 for _, _, size in fresh) if self.store is not None else 0
+        already = folder_bytes(job.folder) if job is not None else 0
+        check_disk(self.config, self.plan, self.source, already=already, hessians=hessians)
 
     # -- the work -------------------------------------------------------------------------------------------------------
 
@@ -194,15 +217,29 @@ class _Run:
         for warning in self.plan.warnings:
             self.progress.note(f"warning: {warning}")
             self.job.log(f"warning: {warning}")
-        if self.kept and self.store is not None:
-            origin = self.store.provenance(next(iter(self.kept.values())))
-            self.progress.note(f"Hessians of {len(self.kept)} linears come from `{self.store.folder}` ({origin})")
+        for text in self._calibration_notes():
+            self.progress.note(text)
+            self.job.log(text)
         total = sum(linear_units(linear) for linear in self.plan.linears)
         done = total - sum(linear_units(linear) for linear in self.todo)
         for block in range(self.last_forward_block + 1):
             total += self._forward_units(block)
         total += 2 * sum(self._evaluation_units(windows) for windows in self.windows.values())
         self.progress.start(total, done)
+
+    def _calibration_notes(self) -> list[str]:
+        notes = []
+        if self.kept and self.store is not None:
+            origins = sorted({self.store.provenance(path) for path in set(self.kept.values())})
+            notes.append(
+                f"Hessians of {len(self.kept)} linears come from `{self.store.folder}` ({'; '.join(origins)}): "
+                "for them --dataset, --nsamples, --seq_len and --seed say nothing"
+            )
+        if self.tokens is not None:
+            notes.append(
+                f"calibration: {self.tokens.num_sequences} sequences of {self.tokens.seq_len} tokens of {self.tokens.dataset}"
+            )
+        return notes
 
     def _forward_units(self, block: int) -> float:
         assert self.tokens is not None
@@ -249,8 +286,10 @@ class _Run:
                 "seq_len": str(self.tokens.seq_len),
                 "seed": str(calibration.seed),
             }
+            wanted = {linear.info.suffix for linear in self._needs(block)}
             for hessian in fresh:
-                self.store.save(block, hessian, provenance)
+                if wanted & set(hessian.linears):  # what the folder holds stays as it is
+                    self.store.save(block, hessian, provenance)
         return fresh
 
     def _quantize_block(self, block: int, fresh: list[Hessian]) -> None:
@@ -285,13 +324,14 @@ class _Run:
 
     def _write_checkpoints(self) -> None:
         layers = {linear.name: linear.layer for linear in self.plan.linears}
+        parameters = [name for name, _ in self.skeleton.model.named_parameters()]
         packed, model = self.job.folder / "packed_model", self.job.folder / "model"
         if self.config.save_packed_model and not packed.exists():
             self.progress.phase("writing packed_model")
-            write_packed(packed, self.source, layers, ((name, self._packed(name)) for name in layers))
+            write_packed(packed, self.source, parameters, layers, ((name, self._packed(name)) for name in layers))
         if self.config.save_model and not model.exists():
             self.progress.phase("writing model")
-            write_dequantized(model, self.source, self._dequantized())
+            write_dequantized(model, self.source, parameters, list(layers), self._dequantized())
 
     def _packed(self, name: str) -> dict[str, Tensor]:
         """A finished linear's tensors, from its work file, or from the packed checkpoint once that has taken its place."""

@@ -6,6 +6,7 @@ Workers read weights and Hessians from files; only names and settings go through
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -59,6 +60,8 @@ class Processes:
         threads = max(1, (os.cpu_count() or 1) // count)
         setup = (numbers, gpus, threads, job.folder, source.folder, source.base_prefix)
         self.folder = job.folder
+        for left in job.folder.glob("hessians-*"):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         self.pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker, initargs=setup)
 
     def run(self, tasks: list[LinearTask], hessians: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:

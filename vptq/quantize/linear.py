@@ -79,9 +79,22 @@ def quantize_linear(
     geometry, faults = plan_geometry(weight.shape[0], weight.shape[1], config)
     if geometry is None:
         raise UsageError(f"`{name}` can't be cut as the settings ask", where=faults)
-    original, hessian = weight.float(), hessian.float()
-    problem = _prepare(original, hessian, config, storage_dtype)
+    try:
+        return _quantize(weight.float(), hessian.float(), config, geometry, name, storage_dtype, started)
+    except NumericalError as error:
+        raise NumericalError(error.what, where=[name], hint=error.hint) from error
 
+
+def _quantize(
+    original: Tensor,
+    hessian: Tensor,
+    config: LinearConfig,
+    geometry: Geometry,
+    name: str,
+    storage_dtype: torch.dtype,
+    started: float,
+) -> tuple[QuantizedWeight, LinearReport]:
+    problem = _prepare(original, hessian, config, storage_dtype)
     generator = torch.Generator().manual_seed(_seed_of(name, config.kseed))
     codebooks = _Codebooks(config, geometry, storage_dtype, generator)
     outlier_book, main_book = codebooks.fit_outliers(problem), codebooks.fit_groups(problem, problem.weight)

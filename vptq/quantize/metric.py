@@ -44,17 +44,18 @@ def factor_inverse(metric: Tensor, damping_frac: float) -> InverseFactor:
     Raises:
         NumericalError: no damping up to 10^8 times the first one makes it positive definite.
     """
-    wide = metric.double()
-    size = wide.shape[0]
-    mean = wide.diagonal().mean()
+    mean = metric.diagonal().double().mean()
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    identity = torch.eye(size, dtype=torch.float64, device=metric.device)
     frac = damping_frac
     for retry in range(MAX_RETRIES + 1):
-        damped = wide + frac * mean * identity
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        reversed_metric = metric.flip(0, 1).double()
+        reversed_metric.diagonal().add_(frac * mean)
+        lower, failed = torch.linalg.cholesky_ex(reversed_metric)
+        del reversed_metric  # a large layer's float64 matrices are gigabytes: at most three live at a time
         if not failed.item():
             upper = lower.flip(0, 1)
+            del lower
+            identity = torch.eye(len(upper), dtype=torch.float64, device=upper.device)
             inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
             if torch.isfinite(inverse).all():
                 return InverseFactor(inverse.float(), frac, retry)
