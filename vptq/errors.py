@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 MAX_PLACES_SHOWN = 12
+INTERRUPTED_EXIT_CODE = 130  # after Ctrl-C, as shells have it
 
 
 class VptqError(Exception):

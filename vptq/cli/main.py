@@ -8,14 +8,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from vptq.errors import UsageError, VptqError
+from vptq.errors import INTERRUPTED_EXIT_CODE, UsageError, VptqError
 
 COMMANDS = {
     "quantize": ("vptq.cli.quantize", "quantize a model: calibration, codebooks, checkpoint, perplexity"),
     "eval-ppl": ("vptq.cli.eval_ppl", "perplexity of an original, dequantized or packed model"),
     "bits": ("vptq.cli.bits", "bits per weight of a setting, a model or a saved checkpoint"),
 }
-INTERRUPTED = 130
 
 
 def usage() -> str:
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return INTERRUPTED
+        return INTERRUPTED_EXIT_CODE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vptq.cli.options import add_fields, make_parser, merge_settings, normalise_flags
 from vptq.cli.show import Bar, say, table, with_error
 from vptq.config import HUB_NAMES, CalibrationConfig, LinearConfig, QuantConfig
-from vptq.errors import UsageError, VptqError
+from vptq.errors import INTERRUPTED_EXIT_CODE, UsageError, VptqError
 
 if TYPE_CHECKING:
     from vptq.pipeline.run import RunResult
@@ -53,9 +53,10 @@ def run(argv: Sequence[str]) -> int:
         result = quantize_model(config, resume=Path(resume) if resume is not None else None, given=given, progress=bar)
     except KeyboardInterrupt:
         bar.finish()
-        if bar.folder is not None:
-            say(f"stopped; what is done is kept. Go on with:\n  vptq quantize --resume {bar.folder}")
-        raise
+        if bar.folder is None:
+            raise
+        say(f"stopped; what is done is kept. Go on with:\n  vptq quantize --resume {bar.folder}")
+        return INTERRUPTED_EXIT_CODE
     except VptqError:
         bar.finish()
         if bar.folder is not None:
