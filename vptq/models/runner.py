@@ -132,12 +132,16 @@ class BlockRunner:
         if shape in self._inputs:
             return
         noted: list[_BlockInputs] = []
+        first: list[Tensor] = []
 
         def note(block: int, hidden: Tensor, inputs: _BlockInputs) -> Any:
             noted.append(inputs)
+            first.append(hidden)
             if len(noted) == len(self.skeleton.blocks):
                 raise _StopForward
-            return hidden
+            # Whether blocks return a tensor or a tuple is not known yet. The first block's input stands for both: a model
+            # that takes item 0 of it loses the batch dimension once, not once a block.
+            return first[0]
 
         with self._stubbed(note), contextlib.suppress(_StopForward):
             self._forward(tokens)
