@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Quantize a model and measure it before and after. Without changes: the demo model, offline, a minute or two on 2 cores.
 # The variables are those of the reference's script; set them here or in the environment: model_name=./my-llama ./scripts/run_vptq.sh
-# Further flags go straight to `vptq quantize`: ./scripts/run_vptq.sh --kiter 50
+# Further flags go straight to `vptq quantize`, and win over the variables: ./scripts/run_vptq.sh --kiter 50
+# For a file of configs/ call `vptq quantize --config FILE` itself: the variables here would win over the file.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-gpu=${gpu:-0}                                   # GPUs to use, such as 0,1
+gpu=${gpu:-0}                                   # GPUs to use: gpu=0,1 num_gpu=2 ./scripts/run_vptq.sh
 num_gpu=${num_gpu:-1}                           # how many of them; worker processes on a machine without GPUs
 model_name=${model_name:-}                      # empty: the demo model in the package
 dataset=${dataset:-}                            # calibration text: wikitext2, c4, c4-new, or a path; empty: c4 (demo: its own)
