@@ -137,5 +137,5 @@ def test_unreachable_hub_is_a_message(monkeypatch, tokenizer):
         raise ConnectionError("no network")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(UsageError, match=r"can't be had(.|\n)*no network(.|\n)*--dataset PATH"):
+    with pytest.raises(UsageError, match=r"can't be had(.|\n)*no network(.|\n)*path of a text"):
         evaluation_stream("wikitext2", tokenizer)

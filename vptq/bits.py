@@ -2,7 +2,8 @@
 
 Two sums are kept apart. *Ideal* is what the paper counts: index bits n (log2 k + log2 k_res) and codebook bits, the same for
 outliers. *Stored* is every bit that the file holds for the linear: whole 32-bit words of packed indices, 16-bit outlier
-indices, scales of quantized codebooks, perm, scale and offset. *File* adds all that is not quantized.
+indices, scales of quantized codebooks, perm, scale and offset. *File* adds all tensors that are not quantized; config and
+tokenizer are not counted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from vptq.config import FLOAT_BITWIDTH, LinearConfig
 from vptq.errors import UsageError
 from vptq.geometry import Geometry, index_bits, plan_geometry
 from vptq.layer_config import LayerConfig, read_quantization_config
-from vptq.models.headers import folder_bytes, read_config, read_headers
+from vptq.models.headers import read_config, read_headers
 from vptq.models.shapes import LinearShape, ModelShapes
 
 IDEAL_ITEMS = ("indices", "residual_indices", "outlier_indices", "codebooks", "residual_codebooks", "outlier_codebooks")
@@ -146,7 +147,7 @@ def model_bits(shapes: ModelShapes, config: LinearConfig) -> ModelBits:
 
 
 def checkpoint_bits(folder: Path) -> ModelBits:
-    """What is really in a saved packed checkpoint: bytes of its tensors, and of the whole folder for the file's sum.
+    """What is really in a saved packed checkpoint: the bytes of its tensors.
 
     Raises:
         CheckpointError: no packed checkpoint, or a damaged one.
@@ -161,9 +162,7 @@ def checkpoint_bits(folder: Path) -> ModelBits:
         linears.append(_checkpoint_linear(name, layer, {key: entry.num_bytes * 8 for key, entry in tensors.items()}))
     others = [entry for name, entry in entries.items() if name not in counted]
     other_weights = sum(math.prod(entry.shape) for entry in others)
-    weights_on_disk = sum(entry.num_bytes for entry in entries.values())
-    extra_files = folder_bytes(folder) - weights_on_disk  # headers, config, tokenizer
-    return ModelBits(tuple(linears), sum(e.num_bytes for e in others) * 8 + extra_files * 8, other_weights)
+    return ModelBits(tuple(linears), sum(e.num_bytes for e in others) * 8, other_weights)
 
 
 def _checkpoint_linear(name: str, layer: LayerConfig, stored: dict[str, int]) -> LinearBits:

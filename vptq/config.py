@@ -120,7 +120,10 @@ class LinearConfig:
             )
         if self.is_plain:
             for flag, k in (("num_centroids", main_k), ("num_res_centroids", main_res)):
-                check(k < 2 or k & (k - 1) == 0, f"{flag}: {k} is not a power of two, as the plain VPTQ format needs")
+                check(
+                    not 2 <= k <= MAX_CENTROIDS or k & (k - 1) == 0,
+                    f"{flag}: {k} is not a power of two, as the plain VPTQ format needs",
+                )
         return found
 
     def loader_warnings(self) -> list[str]:

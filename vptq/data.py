@@ -55,7 +55,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     except Exception as error:
         raise UsageError(
             f"`{folder}` holds no tokenizer that loads",
-            where=[str(error).strip().split("\n")[0]],
+            where=str(error).strip().splitlines()[:3],
             hint="put its tokenizer files there",
         ) from error
 
@@ -122,7 +122,7 @@ def _tokenize(dataset: str, purpose: Purpose, tokenizer: Any, enough: int | None
             break
     joined = (" " if dataset == "c4-new" else "\n\n").join(pieces)
     if not joined.strip():
-        raise UsageError(f"{purpose} text `{dataset}` is empty")
+        raise UsageError(f"{purpose} text `{dataset}` is empty", hint="give a file that holds text")
     logger = logging.getLogger("transformers.tokenization_utils_base")
     level = logger.level
     logger.setLevel(logging.ERROR)  # "sequence is longer than the model's maximum": it is cut into windows after
@@ -178,6 +178,8 @@ def _hub_documents(name: str, purpose: Purpose) -> Iterator[str]:
         raise UsageError(
             f"dataset `{name}` needs the package `datasets`", hint="pip install datasets, or give a text file"
         ) from error
+    for chatty in ("huggingface_hub", "datasets"):  # a line for every retry, before the one message that counts
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         if name == "wikitext2":
             split = "train" if purpose == "calibration" else "test"
@@ -190,7 +192,7 @@ def _hub_documents(name: str, purpose: Purpose) -> Iterator[str]:
         raise UsageError(
             f"dataset `{name}` can't be had",
             where=[str(error).strip().split("\n")[0]],
-            hint="check the network, or give a text or jsonl file of your own with --dataset PATH",
+            hint="check the network, or give the path of a text or jsonl file in place of the name",
         ) from error
     for number, row in enumerate(rows):
         if name == "c4-new" and purpose == "evaluation" and number >= C4_NEW_DOCUMENTS:

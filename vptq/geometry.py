@@ -70,6 +70,8 @@ def plan_geometry(out_features: int, in_features: int, config: LinearConfig) -> 
     if config.group_size > 0:
         return _from_group_size(out_features, in_features, wanted, config)
     outlier_size, group_num = wanted, config.group_num
+    if group_num > in_features - wanted:
+        return None, [f"group_num={group_num} is more than the {in_features - wanted} columns there are"]
     remainder = (in_features - wanted) % group_num
     if remainder and not config.has_outliers:
         return None, [

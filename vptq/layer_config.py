@@ -185,7 +185,11 @@ def quantization_config(layers: dict[str, LayerConfig]) -> dict[str, Any]:
 def read_quantization_config(entry: dict[str, Any], where: str) -> dict[str, LayerConfig]:
     """The inverse of `quantization_config`. Raises CheckpointError for another method or a later version."""
     if entry.get("quant_method") != "vptq":
-        raise CheckpointError(f"`{where}` is quantized by {entry.get('quant_method')!r}, not vptq")
+        method = entry.get("quant_method")
+        raise CheckpointError(
+            f"`{where}` is quantized by {method!r}, not vptq" if method else f"`{where}` is not a packed VPTQ checkpoint",
+            hint="give a packed_model folder; any other model loads with transformers alone",
+        )
     version = entry.get("format_version", PLAIN_VERSION)
     if not isinstance(version, int) or version > EXTENDED_VERSION:
         raise CheckpointError(

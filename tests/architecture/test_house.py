@@ -19,12 +19,12 @@ FLOORS = [
     "checkpoint", "pipeline", "cli",
 ]  # fmt: skip
 INSIDE = {  # order of files within a room, from the street up
-    "models": ["headers", "files", "shapes", "stream", "architecture", "runner"],
+    "models": ["device", "headers", "files", "shapes", "stream", "architecture", "runner"],
     "calibration": ["hessian", "hessian_store"],
     "quantize": ["result", "layout", "metric", "assign", "kmeans", "codebook", "sweep", "linear"],
     "nn": ["packing", "reference", "vquant_linear", "replace"],
     "checkpoint": ["names", "writer", "reader", "transformers_bridge"],
-    "pipeline": ["progress", "device", "evaluate", "plan", "cost", "job", "task", "workers", "run"],
+    "pipeline": ["progress", "evaluate", "plan", "cost", "job", "task", "workers", "run"],
     "cli": ["options", "show", "quantize", "eval_ppl", "bits", "main"],
 }
 TORCH_FREE = ["errors", "config", "geometry", "layer_config", "bits", "models.headers", "models.shapes"]

@@ -184,7 +184,7 @@ def test_later_format_version_is_refused(plain, tmp_path):
 
 def test_unpacked_model_is_refused(tiny_llama):
     assert not is_packed(tiny_llama)
-    with pytest.raises(CheckpointError, match="not vptq"):
+    with pytest.raises(CheckpointError, match="not a packed VPTQ checkpoint"):
         vptq.load_quantized(tiny_llama)
 
 

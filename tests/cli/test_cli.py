@@ -15,6 +15,7 @@ import yaml
 from vptq.cli.main import main
 from vptq.cli.options import field_types, merge_settings, normalise_flags
 from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
+from vptq.models.headers import read_headers
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMALL = ["--vector_lens", "-1", "4", "--num_centroids", "-1", "16", "--kiter", "3", "--nsamples", "4", "--seq_len", "64"]
@@ -82,8 +83,8 @@ def test_bits_table_is_for_people(capsys):
 
 
 def test_bits_of_the_demo_needs_no_flags(capsys):
-    code, out, _ = run(capsys, "bits", "--vector_lens", "-1", "4", "--num_centroids", "-1", "256")
-    assert code == 0 and "42 linears, 3,538,944 weights" in out
+    code, out, _ = run(capsys, "bits")
+    assert code == 0 and "42 linears, 3,538,944 weights" in out and "2.194444 bits" in out
 
 
 def test_bits_of_a_saved_checkpoint_is_what_is_there(capsys, tiny_llama, text_file, tmp_path):
@@ -91,8 +92,9 @@ def test_bits_of_a_saved_checkpoint_is_what_is_there(capsys, tiny_llama, text_fi
     assert code == 0
     packed = next((tmp_path / "out").rglob("packed_model"))
     found = bits_json(capsys, "--model_name", packed)
-    assert found["total_bits"]["file"] == sum(p.stat().st_size for p in packed.iterdir()) * 8
+    assert found["total_bits"]["file"] == sum(entry.num_bytes for entry in read_headers(packed).values()) * 8
     planned = bits_json(capsys, "--model_name", tiny_llama, *SMALL[:6])
+    assert found == planned
     assert found["stored_bits_per_weight"] == planned["stored_bits_per_weight"]
     assert found["ideal_bits_per_weight"] == planned["ideal_bits_per_weight"]
     code, _, err = run(capsys, "bits", "--model_name", packed, "--num_centroids", "-1", "32")
@@ -225,6 +227,10 @@ BAD_WORDS = {
     "zero context": (["eval-ppl", "--seq_len", "0"], "1 or more"),
     "long context": (["eval-ppl", "--seq_len", "9999"], "at most 512"),
     "json nowhere": (["eval-ppl", "--json", "/nowhere/x.json"], "can't be written"),
+    "too many groups": (["quantize", "--group_num", "5000"], "more than the 256 columns"),
+    "file for a model": (["quantize", "--model_name", __file__], "is a file, not a model folder"),
+    "out of range once": (["quantize", "--num_centroids", "-1", "100000000"], "num_centroids: main is 100000000"),
+    "zero stride": (["eval-ppl", "--stride", "0"], "argument --stride"),
     "no run folder": (["quantize", "--resume", "/nowhere"], "no run folder"),
 }
 

@@ -66,7 +66,7 @@ def whole(tiny_llama, text_file, tmp_path_factory):
 def test_run_folder_has_its_form(whole, tiny_llama):
     assert whole.folder.parts[-3:-1] == (tiny_llama.name, "v4_c16")
     names = {p.name for p in whole.folder.iterdir()}
-    assert names == {"job.json", "config.yaml", "logs", "packed_model", "linears.json"}
+    assert names == {"job.json", "config.yaml", "logs", "packed_model", "linears.json", ".lock"}
     log = (whole.folder / "logs" / "0.log").read_text().splitlines()
     lines = [line for line in log if "proxy error" in line]
     assert len(lines) == 14
@@ -142,6 +142,22 @@ def test_finished_run_resumes_to_nothing_new(whole):
     before = packed_bytes(whole.folder)
     again = quantize_model(QuantConfig(), resume=whole.folder)
     assert packed_bytes(again.folder) == before and again.figures == whole.figures
+
+
+def test_second_process_in_one_run_folder_is_refused(tiny_llama, text_file, tmp_path):
+    stop = Stop(1)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(config_of(tiny_llama, text_file, tmp_path), progress=stop)
+    holder = Job.load(stop.folder)
+    holder.lock()
+    with pytest.raises(UsageError, match="another process works in"):
+        quantize_model(QuantConfig(), resume=stop.folder)
+
+
+def test_output_folder_that_is_a_file_is_refused(tiny_llama, text_file, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UsageError, match="can't be written"):
+        quantize_model(config_of(tiny_llama, text_file, tmp_path / "out"))
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor
 from vptq.checkpoint.names import check_tensors
 from vptq.layer_config import LayerConfig, read_quantization_config
 from vptq.models.architecture import Skeleton, check_weights, load_skeleton, resolve_folder, tied_names
+from vptq.models.device import resolve_device
 from vptq.models.headers import read_config
 from vptq.models.stream import FolderSource, TensorSource, load_module
 from vptq.nn.reference import dequantize_packed
@@ -109,8 +110,10 @@ def load_quantized(
         path: folder or hub name. device: where the model goes. dtype: its float type (default: as stored).
         cache_weights: keep each dequantized weight after its first use: faster, and as large as the original.
     Raises:
+        UsageError: a device that is not there.
         CheckpointError: a folder that is missing, damaged, not packed, or of a later format version.
     """
+    target = resolve_device(str(device))
     folder = resolve_folder(str(path))
     layers = read_layers(folder)
     skeleton = load_skeleton(folder, trust_remote_code, dtype)
@@ -119,7 +122,6 @@ def load_quantized(
     check_packed(source, layers)
     model = skeleton.model
     replace_linears(model, layers)
-    target = torch.device(device)
     skipped = [name for name in tied_names(model) if not source.has(name)]
     load_module(model, "", source, target, dtype or skeleton.dtype, skip=skipped)
     model.tie_weights()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
 from vptq.cli.options import make_parser, normalise_flags
 from vptq.cli.show import Bar, check_target, table, with_error, write_json
 from vptq.config import DEFAULT_SEQ_LEN
-from vptq.errors import UsageError
 
 EXAMPLES = """\
   vptq eval-ppl                                    the demo model on its held-out text, offline
@@ -73,7 +73,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _positive(word: str) -> int:
     if not word.isdigit() or int(word) < 1:
-        raise UsageError(f"{word!r} is not a whole number of 1 or more")
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of 1 or more")
     return int(word)
 
 

@@ -14,11 +14,13 @@ from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
 from vptq.errors import UsageError
 
 ALIASES = {"num_red_centroids": "num_res_centroids", "model": "model_name"}
+FORMS = "numbers as 8, pairs as -1 8 (in YAML [-1, 8]), booleans as True or False"
 TRUE_WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+DEMO_DEFAULTS = {"vector_lens": [-1, 4], "num_centroids": [-1, 256]}
 GROUP_TITLES = {
     "model": "model",
     "calibration": "calibration",
-    "vectors": "vectors and codebooks (pairs are: outlier, main; -1 is off)",
+    "vectors": "vectors and codebooks (pairs are: outlier, main; -1 is off; the demo model's default is -1 4, -1 256)",
     "algorithm": "algorithm",
     "results": "results",
     "devices": "devices",
@@ -112,7 +114,8 @@ def parse_values(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
             faults.append(f"{name}: {shown!r} is not {_describe(hints[name])}")
     if faults:
         what = faults[0] if len(faults) == 1 else f"{len(faults)} values in {origin} are of the wrong kind"
-        raise UsageError(f"{what}" if len(faults) > 1 else f"{what} (in {origin})", where=faults if len(faults) > 1 else ())
+        several = len(faults) > 1
+        raise UsageError(what if several else f"{what} (in {origin})", where=faults if several else (), hint=FORMS)
     return values
 
 
@@ -173,7 +176,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"config file `{path}` can't be read", where=[str(error)]) from error
+        raise UsageError(
+            f"config file `{path}` can't be read", where=[str(error)], hint="give a YAML file such as those in configs/"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"config file `{path}` is no valid YAML", where=str(error).splitlines()) from error
     if loaded is None:
@@ -183,8 +188,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     settings = {ALIASES.get(str(k).replace("-", "_"), str(k).replace("-", "_")): v for k, v in loaded.items()}
     unknown = sorted(set(settings) - set(field_types()) - {"enable_transpose"})
     if unknown:
-        raise UsageError(f"unknown settings in `{path}`", where=unknown, hint="see `vptq quantize --help` for the names")
+        close = [m for name in unknown for m in difflib.get_close_matches(name, field_types(), n=1, cutoff=0.75)]
+        hint = f"did you mean {', '.join(close)}?" if close else "see `vptq quantize --help` for the names"
+        raise UsageError(f"unknown settings in `{path}`", where=unknown, hint=hint)
     return settings
+
+
+def with_demo_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The demo model is too small for 65536 centroids: without any vector setting it gets 256 of length 4 (2 bits)."""
+    if given.get("model_name") is None and not {"vector_lens", "num_centroids", "num_res_centroids"} & set(given):
+        return DEMO_DEFAULTS | given
+    return given
 
 
 def merge_settings(flags: Mapping[str, Any], config_file: str | None) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vptq.cli.options import add_fields, make_parser, merge_settings, normalise_flags
-from vptq.cli.show import Bar, say, table, with_error
+from vptq.cli.options import add_fields, make_parser, merge_settings, normalise_flags, with_demo_defaults
+from vptq.cli.show import Bar, megabytes, say, table, with_error
 from vptq.config import HUB_NAMES, CalibrationConfig, LinearConfig, QuantConfig
 from vptq.errors import INTERRUPTED_EXIT_CODE, UsageError, VptqError
 
@@ -20,8 +20,6 @@ EXAMPLES = """\
       --num_res_centroids -1 256 --eval_dataset wikitext2
   vptq quantize --model_name ./my-llama --config configs/table8_llama-2-7b_2.02bit.yaml
   vptq quantize --resume outputs/my-llama/v8_c65536/2026-01-31-12-00-00"""
-
-DEMO_DEFAULTS = {"vector_lens": [-1, 4], "num_centroids": [-1, 256]}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -43,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     inverse = flags.pop("inv_hessian_path", None)
     given = _absolute_paths(merge_settings(flags, flags.pop("config", None)))
     _check_inverse(inverse, given)
-    settings = given if resume is not None else _with_demo_defaults(given)
+    settings = given if resume is not None else with_demo_defaults(given)
     config = QuantConfig.from_flat(settings)
 
     bar = Bar()
@@ -90,13 +88,6 @@ def _check_inverse(inverse: str | None, given: dict[str, Any]) -> None:
     say("note: --inv_hessian_path is not read: the inverse is computed from the Hessians of --hessian_path")
 
 
-def _with_demo_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The demo model is too small for 65536 centroids: without any vector setting it gets 256 of length 4 (2 bits)."""
-    if given.get("model_name") is None and not {"vector_lens", "num_centroids", "num_res_centroids"} & set(given):
-        return DEMO_DEFAULTS | given
-    return given
-
-
 def summary(result: RunResult) -> str:
     """The figures of a run, with what they rest on."""
     bits = result.bits
@@ -106,7 +97,7 @@ def summary(result: RunResult) -> str:
             f"{bits.ideal_bits_per_weight:.3f} ideal, {bits.stored_bits_per_weight:.3f} stored in the linears, "
             f"{bits.file_bits_per_weight:.3f} in the whole file",
         ),
-        ("file size", f"{bits.file_bits / 8e6:,.1f} MB"),
+        ("size of all tensors", megabytes(bits)),
         ("mean proxy error", _mean_errors(result.figures)),
     ]
     for name, before, after in result.perplexities:

@@ -49,11 +49,16 @@ def bits_table(bits: ModelBits) -> str:
     sums = [
         ("ideal (indices and codebooks)", f"{bits.ideal_bits_per_weight:.6f} bits per weight"),
         ("stored (every bit of the linears)", f"{bits.stored_bits_per_weight:.6f} bits per weight"),
-        ("file (embeddings, head and all)", f"{bits.file_bits_per_weight:.6f} bits per weight"),
-        ("file size", f"{bits.file_bits / 8e6:,.2f} MB"),
+        ("file (embeddings, head, all tensors)", f"{bits.file_bits_per_weight:.6f} bits per weight"),
+        ("size of all tensors", megabytes(bits)),
     ]
     count = f"{len(bits.linears)} linear{'s' if len(bits.linears) > 1 else ''}, {bits.num_weights:,} weights"
     return f"{count}\n\n{table(rows, right=(1, 2))}\n\n{table(sums)}"
+
+
+def megabytes(bits: ModelBits) -> str:
+    """Size of all tensors of a model file."""
+    return f"{bits.file_bits / 8e6:,.4g} MB" if bits.file_bits < 8e6 else f"{bits.file_bits / 8e6:,.1f} MB"
 
 
 def with_error(value: float, error: float) -> str:

@@ -195,7 +195,9 @@ def resolve_folder(model_name: str | None) -> Path:
     path = Path(model_name).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or not is_hub_name(model_name):
+    if path.exists():
+        raise CheckpointError(f"`{model_name}` is a file, not a model folder", hint="give the folder that holds config.json")
+    if not is_hub_name(model_name):
         raise CheckpointError(
             f"model folder `{model_name}` does not exist", hint="give a folder with config.json, or a hub name"
         )

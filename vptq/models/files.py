@@ -52,6 +52,10 @@ def writing_to(path: Path) -> Iterator[None]:
                 f"the disk is full: `{path}` can't be written",
                 hint="free some space; a run goes on with `vptq quantize --resume RUN_FOLDER`",
             ) from error
+        if isinstance(error, NotADirectoryError | FileExistsError):
+            raise UsageError(
+                f"`{path}` can't be written", where=[text], hint="a part of this path is a file, not a folder"
+            ) from error
         denied = isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS
         if denied or "Permission denied" in text or "Read-only file system" in text:
             raise UsageError(f"`{path}` can't be written", where=[text], hint="give another --output_dir") from error

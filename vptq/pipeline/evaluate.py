@@ -10,8 +10,8 @@ from vptq.data import check_dataset, evaluation_stream, load_tokenizer
 from vptq.errors import UsageError
 from vptq.evaluation.perplexity import Perplexity, cut_windows, progress_steps, streamed_perplexity
 from vptq.models.architecture import DEMO, load_skeleton, resolve_folder
+from vptq.models.device import forced_dtype, resolve_device
 from vptq.models.runner import BlockRunner
-from vptq.pipeline.device import forced_dtype, resolve_device
 from vptq.pipeline.progress import Progress, Silent
 
 

@@ -8,13 +8,14 @@ RUN_FOLDER/logs/0.log     one line a linear (one file a worker)
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from safetensors import safe_open
@@ -36,6 +37,7 @@ class Job:
         self.folder, self.config, self.fingerprint, self.facts = folder, config, fingerprint, facts
         self.work = folder / "work"
         self.logs = folder / "logs"
+        self._lock: IO[str] | None = None
 
     @classmethod
     def create(cls, config: QuantConfig, fingerprint: str, facts: dict[str, Any]) -> Job:
@@ -74,6 +76,21 @@ class Job:
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"`{path}` is damaged", where=[str(error)], hint="start a new run") from error
+
+    def lock(self) -> None:
+        """Keep other processes out of the run folder for as long as this one lives.
+
+        Raises:
+            UsageError: another process works in it.
+        """
+        with writing_to(self.folder):
+            self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                f"another process works in `{self.folder}`", hint="wait until it is done, or stop it, and resume then"
+            ) from None
 
     def save(self, finished: bool) -> None:
         state = {

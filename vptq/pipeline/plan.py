@@ -129,7 +129,7 @@ def check_disk(config: QuantConfig, plan: RunPlan, source: FolderSource, *, alre
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if needed * DISK_SLACK > free:
-        wanted, there = f"{needed * DISK_SLACK / 1e9:.1f} GB", f"{free / 1e9:.1f} GB"
+        wanted, there = f"{needed * DISK_SLACK / 1e6:,.1f} MB", f"{free / 1e6:,.1f} MB free"
         raise UsageError(
             f"the disk is full: results need about {wanted}, `{existing}` has {there}",
             hint="free some space, or give another --output_dir",

@@ -25,13 +25,13 @@ from vptq.data import TokenSequences, calibration_sequences, evaluation_stream, 
 from vptq.errors import UsageError
 from vptq.evaluation.perplexity import Perplexity, cut_windows, progress_steps, streamed_perplexity, token_batches
 from vptq.models.architecture import Skeleton, load_skeleton, resolve_folder
+from vptq.models.device import forced_dtype, resolve_device
 from vptq.models.files import save_json
 from vptq.models.headers import fingerprint, folder_bytes
 from vptq.models.runner import BlockRunner, HiddenStates
 from vptq.models.stream import FolderSource, TensorSource
 from vptq.nn.reference import dequantize_packed
 from vptq.pipeline.cost import forward_units, hessian_units, linear_units
-from vptq.pipeline.device import forced_dtype, resolve_device
 from vptq.pipeline.job import FREE_ON_RESUME, Job, check_resume
 from vptq.pipeline.plan import LinearPlan, RunPlan, check_disk, make_plan
 from vptq.pipeline.progress import Progress, Silent
@@ -128,6 +128,7 @@ class _Run:
         if self.store is not None:
             self.store.prepare()
         self.job = job or Job.create(config, self.fingerprint, self._facts())
+        self.job.lock()
         self.job.check_facts(self._facts())
         self.executor = make_executor(self.job, self.source, self.device, config.num_gpus)
         self.figures = {name: self.job.figures(name) or {} for name in done}
