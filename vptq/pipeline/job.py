@@ -1,9 +1,9 @@
 """A run's folder: what was asked, what is done, how to go on.
 
-RUN_FOLDER/job.json       settings, the model's fingerprint, whether the run is finished
-RUN_FOLDER/config.yaml    the resolved settings, for `--config`
-RUN_FOLDER/work/          one safetensors file a finished linear: its packed tensors, its figures in the metadata
-RUN_FOLDER/logs/0.log     one line a linear (one file a worker)
+job.json       settings, the model's fingerprint, what open settings came to, whether the run is finished
+config.yaml    the resolved settings, for `--config`
+work/          one safetensors file a finished linear: its packed tensors, its figures in the metadata
+logs/0.log     one line a linear (one file a worker)
 """
 
 from __future__ import annotations

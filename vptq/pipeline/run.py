@@ -105,6 +105,8 @@ class _Run:
     def __init__(self, config: QuantConfig, job: Job | None, progress: Progress) -> None:
         self.started = time.perf_counter()
         self.config, self.progress = config, progress
+        if job is not None:
+            job.lock()
         self.device = resolve_device(config.device)
         check_workers(self.device, config.num_gpus)
         folder = resolve_folder(config.model_name)
@@ -127,9 +129,11 @@ class _Run:
         self._check_disk(job)
         if self.store is not None:
             self.store.prepare()
-        self.job = job or Job.create(config, self.fingerprint, self._facts())
-        self.job.lock()
-        self.job.check_facts(self._facts())
+        if job is None:
+            job = Job.create(config, self.fingerprint, self._facts())
+            job.lock()
+        job.check_facts(self._facts())
+        self.job = job
         self.executor = make_executor(self.job, self.source, self.device, config.num_gpus)
         self.figures = {name: self.job.figures(name) or {} for name in done}
 
