@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from vptq.checkpoint.reader import open_source
 from vptq.config import DEFAULT_SEQ_LEN
 from vptq.data import check_dataset, evaluation_stream, load_tokenizer
 from vptq.errors import UsageError
 from vptq.evaluation.perplexity import Perplexity, cut_windows, progress_steps, streamed_perplexity
-from vptq.models.architecture import DEMO, load_skeleton, resolve_folder
+from vptq.models.architecture import DEMO, Skeleton, load_skeleton, resolve_folder
 from vptq.models.device import forced_dtype, resolve_device
 from vptq.models.runner import BlockRunner
 from vptq.pipeline.progress import Progress, Silent
@@ -42,13 +44,7 @@ def evaluate_model(
     skeleton = load_skeleton(resolve_folder(model_name), trust_remote_code, forced_dtype(target))
     seq_len = resolve_seq_len(seq_len, skeleton.max_seq_len)
     source = open_source(skeleton)
-    tokenizer = load_tokenizer(skeleton.folder, trust_remote_code)
-    windows = {
-        name: cut_windows(
-            evaluation_stream(name, tokenizer, seq_len), seq_len=seq_len, stride=stride, limit=limit, dataset=name
-        )
-        for name in names
-    }
+    windows = load_windows(skeleton, names, seq_len=seq_len, stride=stride, limit=limit, trust_remote_code=trust_remote_code)
     runner = BlockRunner(skeleton, source, target, forced_dtype(target) or skeleton.dtype)
     progress.start(sum(progress_steps(runner, w) for w in windows.values()), 0)
     results = []
@@ -57,6 +53,27 @@ def evaluate_model(
         results.append(streamed_perplexity(runner, cut, stride=stride, dataset=name, progress=lambda: progress.advance(1)))
     progress.finish()
     return results
+
+
+def load_windows(
+    skeleton: Skeleton,
+    datasets: Sequence[str],
+    *,
+    seq_len: int,
+    stride: int | None,
+    limit: int | None,
+    trust_remote_code: bool,
+) -> dict[str, Tensor]:
+    """Each evaluation text, tokenized by the model's tokenizer and cut: (num_windows, seq_len) int64 by dataset."""
+    if not datasets:
+        return {}
+    tokenizer = load_tokenizer(skeleton.folder, trust_remote_code)
+    return {
+        name: cut_windows(
+            evaluation_stream(name, tokenizer, seq_len), seq_len=seq_len, stride=stride, limit=limit, dataset=name
+        )
+        for name in datasets
+    }
 
 
 def resolve_seq_len(asked: int | None, longest: int | None) -> int:

@@ -21,9 +21,9 @@ from vptq.calibration.hessian_store import HessianStore, label_of
 from vptq.checkpoint.reader import DequantizedSource, is_packed, packed_tensors
 from vptq.checkpoint.writer import write_dequantized, write_packed
 from vptq.config import OFF, QuantConfig
-from vptq.data import TokenSequences, calibration_sequences, evaluation_stream, load_tokenizer
+from vptq.data import TokenSequences, calibration_sequences, load_tokenizer
 from vptq.errors import UsageError
-from vptq.evaluation.perplexity import Perplexity, cut_windows, progress_steps, streamed_perplexity, token_batches
+from vptq.evaluation.perplexity import Perplexity, progress_steps, streamed_perplexity, token_batches
 from vptq.models.architecture import Skeleton, load_skeleton, resolve_folder
 from vptq.models.device import forced_dtype, resolve_device
 from vptq.models.files import save_json
@@ -32,6 +32,7 @@ from vptq.models.runner import BlockRunner, HiddenStates
 from vptq.models.stream import FolderSource, TensorSource
 from vptq.nn.reference import dequantize_packed
 from vptq.pipeline.cost import forward_units, hessian_units, linear_units
+from vptq.pipeline.evaluate import load_windows
 from vptq.pipeline.job import FREE_ON_RESUME, Job, check_resume
 from vptq.pipeline.plan import LinearPlan, RunPlan, check_disk, make_plan
 from vptq.pipeline.progress import Progress, Silent
@@ -173,20 +174,14 @@ class _Run:
         )
 
     def _evaluation_windows(self) -> dict[str, Tensor]:
-        if not self.plan.eval_datasets:
-            return {}
-        tokenizer = load_tokenizer(self.skeleton.folder, self.config.trust_remote_code)
-        limit = None if self.config.eval_nsamples == OFF else self.config.eval_nsamples
-        return {
-            name: cut_windows(
-                evaluation_stream(name, tokenizer, self.plan.seq_len),
-                seq_len=self.plan.seq_len,
-                stride=None,
-                limit=limit,
-                dataset=name,
-            )
-            for name in self.plan.eval_datasets
-        }
+        return load_windows(
+            self.skeleton,
+            self.plan.eval_datasets,
+            seq_len=self.plan.seq_len,
+            stride=None,
+            limit=None if self.config.eval_nsamples == OFF else self.config.eval_nsamples,
+            trust_remote_code=self.config.trust_remote_code,
+        )
 
     def _facts(self) -> dict[str, Any]:
         """What the settings came to: kept with the run, and what a resumed run must find again."""
