@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything imports one
 
 from vptq.models.architecture import DEMO
 
@@ -25,6 +29,14 @@ def generator() -> torch.Generator:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture
+def kernel_device(monkeypatch) -> torch.device:
+    """Where Triton kernels run: on the GPU, or, where there is none, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("VPTQ_KERNELS", "triton")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def correlated_hessian(size: int, generator: torch.Generator, tokens: int | None = None) -> torch.Tensor:

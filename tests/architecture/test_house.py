@@ -15,13 +15,32 @@ PACKAGE = Path(__file__).parents[2] / "vptq"
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 # From the street up: a room may import from its own floor's file or from a room further down in this list, never up.
 FLOORS = [
-    "errors", "config", "geometry", "layer_config", "data", "models", "bits", "calibration", "quantize", "nn", "evaluation",
-    "checkpoint", "pipeline", "cli",
+    "errors", "config", "geometry", "layer_config", "backend", "data", "models", "bits", "calibration", "quantize", "nn",
+    "evaluation", "checkpoint", "pipeline", "cli",
 ]  # fmt: skip
 INSIDE = {  # order of files within a room, from the street up
     "models": ["device", "headers", "files", "shapes", "stream", "architecture", "runner"],
     "calibration": ["hessian", "hessian_store"],
-    "quantize": ["result", "layout", "metric", "assign", "kmeans", "codebook", "sweep", "linear"],
+    "quantize": [
+        "result",
+        "layout",
+        "metric",
+        "fixed_point",
+        "assign",
+        "kernels",
+        "kernels.launch",
+        "kernels.features",
+        "kernels.nearest",
+        "kernels.clusters",
+        "clusters",
+        "kmeans",
+        "codebook",
+        "segments",
+        "kernels.sweep_block",
+        "kernels.sweep",
+        "sweep",
+        "linear",
+    ],
     "nn": ["packing", "reference", "vquant_linear", "replace"],
     "checkpoint": ["names", "writer", "reader", "transformers_bridge"],
     "pipeline": ["progress", "evaluate", "plan", "cost", "job", "task", "workers", "run"],

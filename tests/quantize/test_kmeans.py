@@ -7,7 +7,10 @@ import torch
 
 from vptq.errors import NumericalError, VptqError
 from vptq.quantize.assign import assign_nearest, squared_distances
-from vptq.quantize.kmeans import _cluster_sums, _draw_start, weighted_kmeans
+from vptq.quantize.clusters import PlainClusters, cluster_sums
+from vptq.quantize.fixed_point import FixedPointSums
+from vptq.quantize.kmeans import _draw_start, _updated_centroids, batched_kmeans, weighted_kmeans
+from vptq.quantize.layout import VectorWeights
 
 
 def run(vectors, weights, k, *, seed=0, iterations=50, tol=0.0):
@@ -67,7 +70,7 @@ def test_assign_takes_the_first_of_equals():
 def test_kmeans_equals_brute_force(cloud, per_element, generator):
     x, w = cloud
     w = torch.rand(60, 3, generator=generator) + 0.1 if per_element else w
-    start = _draw_start(x, w, 4, torch.Generator().manual_seed(0))
+    start = _draw_start(x, VectorWeights.of(w, 3), 4, torch.Generator().manual_seed(0))
     wide = w if per_element else w[:, None].expand(-1, 3)
     expected = brute_force_kmeans(x, wide, start, 5)
     assert torch.allclose(run(x, w, 4, iterations=5).centroids.double(), expected, atol=1e-5)
@@ -85,7 +88,7 @@ def test_objective_is_the_weighted_error_and_never_rises(cloud, device):
 def test_assignments_are_nearest_to_the_returned_centroids(cloud):
     x, w = cloud
     found = run(x, w, 6, iterations=3)
-    assert torch.equal(found.assignments, assign_nearest(x, found.centroids))
+    assert torch.equal(found.assignments.long(), assign_nearest(x, found.centroids))
 
 
 def test_more_centroids_are_never_worse(cloud):
@@ -103,8 +106,8 @@ def test_weight_three_equals_the_row_three_times(cloud):
     errors = squared_distances(x, start, a, weights)
     repeated = torch.cat([x, x[:10], x[:10]])
     a_repeated = torch.cat([a, a[:10], a[:10]])
-    sums, totals = _cluster_sums(x, weights, a, 5)
-    sums_r, totals_r = _cluster_sums(repeated, torch.ones(80), a_repeated, 5)
+    sums, totals = cluster_sums(x, VectorWeights.of(weights, 3), a, 5)
+    sums_r, totals_r = cluster_sums(repeated, VectorWeights.of(torch.ones(80), 3), a_repeated, 5)
     assert torch.allclose(sums, sums_r) and torch.allclose(totals, totals_r)
     assert errors.sum() == pytest.approx(squared_distances(repeated, start, a_repeated, torch.ones(80)).sum().item(), rel=1e-5)
 
@@ -115,7 +118,7 @@ def test_weight_zero_equals_the_row_removed(cloud):
     w[30:] = 0
     with_zeros = run(x, w, 4)
     a = assign_nearest(x[:30], with_zeros.centroids)
-    sums, totals = _cluster_sums(x[:30], w[:30], a, 4)
+    sums, totals = cluster_sums(x[:30], VectorWeights.of(w[:30], 3), a, 4)
     assert torch.allclose(with_zeros.centroids.double(), sums / totals, atol=1e-5)
 
 
@@ -142,36 +145,72 @@ def test_an_update_that_rounding_makes_worse_is_dropped(cloud, monkeypatch):
     import vptq.quantize.kmeans as kmeans
 
     x, w = cloud
-    real, calls = kmeans._update_centroids, []
+    real, calls = kmeans._updated_centroids, []
 
     def worse_the_third_time(*args):
         calls.append(1)
         return real(*args) + (10.0 if len(calls) == 3 else 0.0)
 
-    monkeypatch.setattr(kmeans, "_update_centroids", worse_the_third_time)
+    monkeypatch.setattr(kmeans, "_updated_centroids", worse_the_third_time)
     found = run(x, w, 6)
     assert found.iterations == 2
-    assert torch.equal(found.assignments, assign_nearest(x, found.centroids))
+    assert torch.equal(found.assignments.long(), assign_nearest(x, found.centroids))
     assert all(b <= a for a, b in zip(found.objective, found.objective[1:], strict=False))
 
 
-def test_fixed_point_sums_equal_float64_sums(cloud):
-    from vptq.quantize.kmeans import _fixed_point_sums, _ordered_sums
-
-    x, _ = cloud
+def test_fixed_point_sums_equal_float64_sums(cloud, generator):
+    x, w = cloud
     a = torch.arange(60) % 7
-    assert torch.allclose(_fixed_point_sums(x, a, 7), _ordered_sums(x, a, 7), rtol=0, atol=1e-9)
+    weights = VectorWeights(w[:40], torch.rand(20, 3, generator=generator))
+    fixed = FixedPointSums.empty(x[None], VectorWeights.stack([weights]), 7)
+    for run_, part in weights.parts():
+        fixed.add(0, a[run_], x[run_], part)
+    for found, expected in zip(fixed.decode(), cluster_sums(x, weights, a, 7), strict=True):
+        assert torch.allclose(found[0], expected, rtol=0, atol=1e-9)
+
+
+def test_fixed_point_sums_do_not_overflow():
+    x = torch.full((1000, 1), 3e38)
+    weights = VectorWeights.of(torch.ones(1000), 1)
+    fixed = FixedPointSums.empty(x[None], VectorWeights.stack([weights]), 1)
+    fixed.add(0, torch.zeros(1000, dtype=torch.int64), x, weights.whole)
+    assert fixed.decode()[0].item() == pytest.approx(3e41, rel=1e-6)
 
 
 def test_empty_cluster_moves_to_the_worst_vector():
-    from vptq.quantize.kmeans import _update_centroids
-
     x = torch.tensor([[0.0], [0.1], [5.0]])
-    a = torch.zeros(3, dtype=torch.int64)
-    c = torch.tensor([[1.0], [100.0]])
-    errors = squared_distances(x, c, a, torch.ones(3))
-    moved = _update_centroids(x, torch.ones(3), a, c, errors)
+    clusters = PlainClusters(x[None], VectorWeights.stack([VectorWeights.of(torch.ones(3), 1)]), 2)
+    clusters.assign(torch.tensor([[[1.0], [100.0]]]), [0])
+    assert clusters.measure([0])[0][1] == 1
+    moved = _updated_centroids(clusters, torch.tensor([[[1.0], [100.0]]]), {0: 1})[0]
     assert moved[1].item() == 5.0 and moved[0].item() == pytest.approx(1.7)
+
+
+def test_a_batch_gives_what_each_gives_alone(generator):
+    x, w = torch.randn(4, 80, 3, generator=generator), torch.rand(4, 80, generator=generator)
+    x[1] = x[1].round()  # stops early
+    seeds = range(4)
+    alone = [run(x[b], w[b], 6, seed=b, tol=1e-4) for b in seeds]
+    batch = VectorWeights.stack([VectorWeights.of(entry, 3) for entry in w])
+    generators = [torch.Generator().manual_seed(b) for b in seeds]
+    together = batched_kmeans(x, batch, 6, iterations=50, tol=1e-4, generators=generators)
+    assert len({found.iterations for found in alone}) > 1
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one.centroids, other.centroids) and one.objective == other.objective
+        assert torch.equal(one.assignments, other.assignments)
+
+
+def test_padded_vectors_weigh_only_where_they_are(generator):
+    """A run of whole vectors and some padded ones give what a weight for every element gives."""
+    x, w = torch.randn(50, 3, generator=generator), torch.rand(50, generator=generator) + 0.1
+    wide = w[:, None].repeat(1, 3)
+    wide[40:, 2] = 0
+    mixed = VectorWeights.stack([VectorWeights(w[:40], wide[40:])])
+    generators = [torch.Generator().manual_seed(0)]
+    found = batched_kmeans(x[None], mixed, 5, iterations=20, tol=0.0, generators=generators)[0]
+    expected = run(x, wide, 5, iterations=20)
+    assert torch.allclose(found.centroids, expected.centroids, atol=1e-5)
+    assert found.objective == pytest.approx(expected.objective, rel=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 5, 9])

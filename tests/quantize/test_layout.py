@@ -7,7 +7,7 @@ import torch
 
 from vptq.config import LinearConfig
 from vptq.geometry import geometry_warnings, plan_geometry
-from vptq.quantize.layout import importance_order, normalise, split_vectors, vector_weights
+from vptq.quantize.layout import VectorWeights, importance_order, normalise, split_vectors, vector_weights
 from vptq.quantize.result import join_vectors
 
 
@@ -39,11 +39,19 @@ def test_vectors_run_along_the_named_direction():
 def test_weights_are_the_columns_diagonal_and_padding_has_none():
     diagonal = torch.tensor([3.0, 2.0, 1.0])
     whole = vector_weights(diagonal, geometry_of(8, 3), 4)
-    assert whole.tolist() == [3, 2, 1, 3, 2, 1]
+    assert whole.whole.tolist() == [3, 2, 1, 3, 2, 1] and whole.num_ragged == 0
     padded = vector_weights(diagonal, geometry_of(6, 3), 4)
-    assert padded[3:].tolist() == [[3, 3, 0, 0], [2, 2, 0, 0], [1, 1, 0, 0]]
+    assert padded.whole.tolist() == [3, 2, 1]
+    assert padded.ragged.tolist() == [[3, 3, 0, 0], [2, 2, 0, 0], [1, 1, 0, 0]]
     along_in = vector_weights(diagonal, geometry_of(2, 3, vector_quant_dim="in"), 4)
-    assert along_in.tolist() == [[3, 2, 1, 0], [3, 2, 1, 0]]
+    assert along_in.ragged.tolist() == [[3, 2, 1, 0], [3, 2, 1, 0]] and along_in.num_whole == 0
+
+
+def test_one_weight_a_vector_leaves_padding_without():
+    padded = VectorWeights(torch.zeros(0), torch.tensor([[4.0, 2, 0], [1, 1, 1]]))
+    assert padded.one_a_vector().ragged.tolist() == [[3, 3, 0], [1, 1, 1]]
+    whole = VectorWeights(torch.zeros(0), torch.tensor([[4.0, 2], [1, 3]])).one_a_vector()
+    assert whole.whole.tolist() == [3, 2] and whole.num_ragged == 0
 
 
 def test_importance_order_falls_and_is_stable():

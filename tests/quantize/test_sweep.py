@@ -9,7 +9,8 @@ from tests.conftest import correlated_hessian
 from vptq.config import LinearConfig
 from vptq.geometry import plan_geometry
 from vptq.quantize.metric import factor_inverse
-from vptq.quantize.sweep import Segment, quantize_nearest, sweep
+from vptq.quantize.segments import Segment
+from vptq.quantize.sweep import quantize_nearest, sweep
 
 
 def make_geometry(out_features, in_features, vector_len, direction, group_num=1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,23 +59,80 @@ def split_vectors(matrix: Tensor, geometry: Geometry, vector_len: int) -> Tensor
     return padded.reshape(out_features, -1, vector_len).contiguous()
 
 
-def vector_weights(diagonal: Tensor, geometry: Geometry, vector_len: int) -> Tensor:
+@dataclass(frozen=True)
+class VectorWeights:
+    """How much the vectors of k-means matter: first those whose elements all weigh the same, then those with a weight each.
+
+    Attributes:
+        whole: (..., m) float32 >= 0: one weight for each of the first m vectors.
+        ragged: (..., n - m, vector_len) float32 >= 0: a weight for every element of the others.
+    """
+
+    whole: Tensor
+    ragged: Tensor
+
+    @staticmethod
+    def of(weights: Tensor, vector_len: int) -> VectorWeights:
+        """From one weight a vector, (n,), or one an element, (n, vector_len)."""
+        if weights.ndim == 1:
+            return VectorWeights(weights, weights.new_zeros(0, vector_len))
+        return VectorWeights(weights.new_zeros(0), weights)
+
+    @staticmethod
+    def stack(entries: Sequence[VectorWeights]) -> VectorWeights:
+        """Several of one shape as a batch."""
+        return VectorWeights(torch.stack([e.whole for e in entries]), torch.stack([e.ragged for e in entries]))
+
+    def entry(self, number: int) -> VectorWeights:
+        """One entry of a batch."""
+        return VectorWeights(self.whole[number], self.ragged[number])
+
+    @property
+    def num_whole(self) -> int:
+        return self.whole.shape[-1]
+
+    @property
+    def num_ragged(self) -> int:
+        return self.ragged.shape[-2]
+
+    def parts(self) -> list[tuple[slice, Tensor]]:
+        """The runs of vectors that there are, each with its weights, (..., m) or (..., n - m, vector_len)."""
+        runs = []
+        if self.num_whole:
+            runs.append((slice(0, self.num_whole), self.whole))
+        if self.num_ragged:
+            runs.append((slice(self.num_whole, self.num_whole + self.num_ragged), self.ragged))
+        return runs
+
+    def sums(self) -> Tensor:
+        """What each vector weighs in all: (..., n)."""
+        return torch.cat([self.whole * self.ragged.shape[-1], self.ragged.sum(-1)], -1)
+
+    def one_a_vector(self) -> VectorWeights:
+        """The mean weight of a vector's elements for all of them; an element without weight (padding) keeps none."""
+        present = (self.ragged > 0).float()
+        mean = self.ragged.sum(-1, keepdim=True) / present.sum(-1, keepdim=True).clamp_min(1)
+        if not self.num_whole and bool(present.all()):
+            return VectorWeights(mean[..., 0], self.ragged[..., :0, :])
+        return VectorWeights(self.whole, present * mean)
+
+
+def vector_weights(diagonal: Tensor, geometry: Geometry, vector_len: int) -> VectorWeights:
     """k-means weights of the vectors of some columns: the column's diag(H') for every element, none for padding.
+
+    For `out` all elements of a vector weigh h' of its column (exact for a diagonal H); only the last row of vectors may
+    hold padding. For `in` every element has a column, and so a weight, of its own.
 
     Args:
         diagonal: (columns,) float32 >= 0.
     Returns:
-        (rows * vector columns,) where all elements of a vector weigh the same and none is padding, as for `out`
-        without padding, where h' of the column is exact for a diagonal H; else (rows * vector columns, vector_len).
+        Weights of the vectors of `split_vectors`, rows first.
     """
     rows, vector_columns = geometry.vector_grid(len(diagonal), vector_len)
     if geometry.vector_quant_dim == "out":
-        per_vector = diagonal.repeat(rows)
         padding = -geometry.out_features % vector_len
-        if not padding:
-            return per_vector
-        weights = per_vector[:, None].repeat(1, vector_len).view(rows, vector_columns, vector_len)
-        weights[-1, :, vector_len - padding :] = 0
-        return weights.view(-1, vector_len)
+        last = diagonal[:, None].repeat(1 if padding else 0, vector_len)
+        last[:, vector_len - padding :] = 0
+        return VectorWeights(diagonal.repeat(rows - bool(padding)), last)
     padded = torch.nn.functional.pad(diagonal, (0, -len(diagonal) % vector_len))
-    return padded.view(1, vector_columns, vector_len).repeat(rows, 1, 1).view(-1, vector_len)
+    return VectorWeights.of(padded.view(1, vector_columns, vector_len).repeat(rows, 1, 1).view(-1, vector_len), vector_len)

@@ -13,11 +13,12 @@ from vptq.config import LinearConfig
 from vptq.errors import NumericalError, UsageError, VptqError
 from vptq.geometry import Geometry, plan_geometry
 from vptq.quantize.codebook import store_codebook
-from vptq.quantize.kmeans import weighted_kmeans
-from vptq.quantize.layout import Normalisation, importance_order, normalise, split_vectors, vector_weights
+from vptq.quantize.kmeans import batched_kmeans
+from vptq.quantize.layout import Normalisation, VectorWeights, importance_order, normalise, split_vectors, vector_weights
 from vptq.quantize.metric import InverseFactor, factor_inverse, proxy_error, scale_metric
 from vptq.quantize.result import Codebook, QuantizedWeight
-from vptq.quantize.sweep import Segment, SweepResult, quantize_nearest, sweep
+from vptq.quantize.segments import Segment, SweepResult
+from vptq.quantize.sweep import quantize_nearest, sweep
 
 
 @dataclass(frozen=True)
@@ -169,44 +170,42 @@ class _Codebooks:
     def fit_outliers(self, problem: Problem) -> Codebook | None:
         if not self.geometry.outlier_size:
             return None
-        columns = slice(0, self.geometry.outlier_size)
-        centroids = self._fit(problem, problem.weight, columns, self.config.vector_lens[0], self.config.num_centroids[0])
-        return self._store([centroids])
+        columns = [slice(0, self.geometry.outlier_size)]
+        return self._fit(problem, problem.weight, columns, self.config.vector_lens[0], self.config.num_centroids[0])
 
     def fit_groups(self, problem: Problem, data: Tensor) -> Codebook:
-        return self._store(
-            [
-                self._fit(problem, data, columns, self.config.vector_len, self.config.num_centroids[1])
-                for columns in self._groups()
-            ]
-        )
+        return self._fit(problem, data, self._groups(), self.config.vector_len, self.config.num_centroids[1])
 
     def fit_residual(self, problem: Problem, leftover: Tensor) -> Codebook:
         """k-means on what the sweep left, with one weight a vector."""
         k = self.config.num_res_centroids[1]
-        return self._store(
-            [self._fit(problem, leftover, c, self.config.vector_len, k, per_vector=True) for c in self._groups()]
-        )
+        return self._fit(problem, leftover, self._groups(), self.config.vector_len, k, per_vector=True)
 
     def _groups(self) -> list[slice]:
         return [slice(*self.geometry.group_columns(g)) for g in range(self.geometry.group_num)]
 
     def _fit(
-        self, problem: Problem, data: Tensor, columns: slice, vector_len: int, num_centroids: int, per_vector: bool = False
-    ) -> Tensor:
-        vectors = split_vectors(data[:, columns], self.geometry, vector_len).view(-1, vector_len)
-        diagonal = problem.metric_diagonal[columns]
-        if self.config.kmeans_mode == "uniform":
-            diagonal = torch.ones_like(diagonal)
-        weights = vector_weights(diagonal, self.geometry, vector_len)
-        if per_vector and weights.ndim == 2:
-            present = (weights > 0).float()
-            weights = present * (weights.sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp_min(1))
-        found = weighted_kmeans(
-            vectors, weights, num_centroids, iterations=self.config.kiter, tol=self.config.ktol, generator=self.generator
+        self, problem: Problem, data: Tensor, runs: list[slice], vector_len: int, num_centroids: int, per_vector: bool = False
+    ) -> Codebook:
+        """One codebook for each run of columns, all runs in one batch."""
+        vectors, weights = [], []
+        for columns in runs:
+            vectors.append(split_vectors(data[:, columns], self.geometry, vector_len).view(-1, vector_len))
+            diagonal = problem.metric_diagonal[columns]
+            if self.config.kmeans_mode == "uniform":
+                diagonal = torch.ones_like(diagonal)
+            weights.append(vector_weights(diagonal, self.geometry, vector_len))
+        batch = VectorWeights.stack(weights)
+        found = batched_kmeans(
+            torch.stack(vectors),
+            batch.one_a_vector() if per_vector else batch,
+            num_centroids,
+            iterations=self.config.kiter,
+            tol=self.config.ktol,
+            generators=[self.generator] * len(runs),
         )
-        self.iterations.append(found.iterations)
-        return found.centroids
+        self.iterations += [result.iterations for result in found]
+        return self._store([result.centroids for result in found])
 
     def _store(self, centroids: list[Tensor]) -> Codebook:
         return store_codebook(torch.stack(centroids), self.config.bitwidth, self.config.bsize, self.storage_dtype)

@@ -9,55 +9,53 @@ keeps only the diagonal of a tile's inverse.) Within a block of columns the answ
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vptq.backend import use_kernels
 from vptq.geometry import Geometry
 from vptq.quantize.assign import assign_nearest
+from vptq.quantize.clusters import find_nearest
 from vptq.quantize.layout import split_vectors, vector_weights
 from vptq.quantize.result import join_vectors
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of permuted columns that share codebooks: the outliers, or one group.
-
-    Attributes:
-        start, end: first and past-the-last column.
-        stages: main, then residual codebook if there is one; (num_centroids, vector_len) float32 each.
-    """
-
-    start: int
-    end: int
-    stages: tuple[Tensor, ...]
-
-    @property
-    def vector_len(self) -> int:
-        return self.stages[0].shape[1]
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """What a sweep chose.
-
-    Attributes:
-        quantized: (out_features, in_features) float32, permuted and normalised like the input.
-        leftover: same shape, what each column was to become (with the errors to its left made up for) minus `quantized`.
-        indices: for every segment, for every stage, (rows, vector columns) int64.
-    """
-
-    quantized: Tensor
-    leftover: Tensor
-    indices: tuple[tuple[Tensor, ...], ...]
-
+from vptq.quantize.segments import Segment, SweepResult
 
 QuantizeUnit = Callable[[Tensor, Tensor, Segment], tuple[Tensor, list[Tensor]]]
 
 
 def sweep(weight: Tensor, inv_chol: Tensor, segments: list[Segment], geometry: Geometry, blocksize: int) -> SweepResult:
-    """Quantize every column in order, with second-order error feedback.
+    """Quantize every column in order, with second-order error feedback: `sweep_linears` for one linear.
+
+    Args:
+        weight: (out_features, in_features). inv_chol: (in_features, in_features).
+    """
+    return sweep_linears(weight[None], inv_chol[None], [segments], geometry, blocksize)[0]
+
+
+def sweep_linears(
+    weights: Tensor, inv_chols: Tensor, segments: list[list[Segment]], geometry: Geometry, blocksize: int
+) -> list[SweepResult]:
+    """Quantize linears of one shape and one setting, each with its own metric and codebooks.
+
+    By the kernels, which serve all in one launch, or plainly one after the other; the same bits as each alone.
+
+    Args:
+        weights: (L, out_features, in_features) float32, permuted, normalised. Not modified.
+        inv_chols: (L, in_features, in_features) float32, U upper with metric⁻¹ = Uᵀ U.
+        segments: of each linear; they cover all columns in order.
+        blocksize: columns between two trailing updates; changes the speed, not the answer.
+    """
+    if use_kernels(weights.device) and max(segment.vector_len for segment in segments[0]) <= 16:
+        from vptq.quantize.kernels.sweep import sweep_by_kernels
+
+        return sweep_by_kernels(weights, inv_chols, segments, geometry, blocksize)
+    found = zip(weights, inv_chols, segments, strict=True)
+    return [plain_sweep(weight, inv_chol, own, geometry, blocksize) for weight, inv_chol, own in found]
+
+
+def plain_sweep(weight: Tensor, inv_chol: Tensor, segments: list[Segment], geometry: Geometry, blocksize: int) -> SweepResult:
+    """The sweep of one linear in plain torch, column by column.
 
     Args:
         weight: (out_features, in_features) float32, permuted, normalised. Not modified.
@@ -103,7 +101,7 @@ def quantize_nearest(weight: Tensor, segments: list[Segment], geometry: Geometry
         vectors = split_vectors(columns, geometry, segment.vector_len)
         flat = vectors.view(-1, segment.vector_len)
         importance = vector_weights(weights[segment.start : segment.end], geometry, segment.vector_len)
-        chosen = segment.stages[0][assign_nearest(flat, segment.stages[0], importance if importance.ndim == 2 else None)]
+        chosen = segment.stages[0][find_nearest(flat, importance, segment.stages[0])]
         parts.append(join_vectors(chosen.view(1, *vectors.shape), geometry, segment.end - segment.start))
     return torch.cat(parts, dim=1)
 

@@ -1,0 +1,75 @@
+"""Sums that come out the same in whatever order a GPU adds: terms are rounded to 64-bit integers first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vptq.quantize.layout import VectorWeights
+
+FIXED_POINT_BITS = 61
+
+
+@dataclass(frozen=True)
+class FixedPointSums:
+    """Σ w x and Σ w of every cluster of a batch, as integers.
+
+    Attributes:
+        products: (B, k, v) int64.
+        totals: (B, k) int64, of vectors whose elements weigh the same.
+        element_totals: (B, k, v) int64, of those with a weight for every element; None if there are none.
+        steps: (B, 2) float64, powers of two: what terms of products and of totals are multiplied by.
+    """
+
+    products: Tensor
+    totals: Tensor
+    element_totals: Tensor | None
+    steps: Tensor
+
+    @staticmethod
+    def empty(vectors: Tensor, weights: VectorWeights, num_centroids: int) -> FixedPointSums:
+        """Zeros, with steps as fine as can be without overflow. vectors: (B, n, v) float32; weights: of a batch."""
+        batch, count, vector_len = vectors.shape
+        products = torch.zeros(batch, num_centroids, vector_len, dtype=torch.int64, device=vectors.device)
+        ragged = torch.zeros_like(products) if weights.num_ragged else None
+        return FixedPointSums(products, torch.zeros_like(products[:, :, 0]), ragged, _steps(vectors, weights, count))
+
+    def clear(self) -> None:
+        """In place: all zero again."""
+        for tensor in (self.products, self.totals, self.element_totals):
+            if tensor is not None:
+                tensor.zero_()
+
+    def add(self, entry: int, clusters: Tensor, vectors: Tensor, weights: Tensor) -> None:
+        """Take in vectors of one batch entry. clusters: (m,) int64; vectors: (m, v); weights: (m,) or (m, v), float32."""
+        product_step, weight_step = self.steps[entry]
+        wide = weights if weights.ndim == 2 else weights[:, None]
+        self.products[entry].index_add_(0, clusters, _rounded((vectors * wide).double() * product_step))
+        totals = self.totals if weights.ndim == 1 else self.element_totals
+        assert totals is not None
+        totals[entry].index_add_(0, clusters, _rounded(weights.double() * weight_step))
+
+    def decode(self) -> tuple[Tensor, Tensor]:
+        """Σ w x, (B, k, v) float64, and Σ w, (B, k, v), or (B, k, 1) where no vector has a weight for every element."""
+        totals = self.totals[:, :, None]
+        if self.element_totals is not None:
+            totals = totals + self.element_totals
+        return self.products.double() / self.steps[:, :1, None], totals.double() / self.steps[:, 1:, None]
+
+
+def _rounded(values: Tensor) -> Tensor:
+    return (values + 0.5).floor_().long()
+
+
+def _steps(vectors: Tensor, weights: VectorWeights, count: int) -> Tensor:
+    """Powers of two that bring `count` of the largest terms just under 2^61; (B, 2) float64."""
+    products, totals = [], []
+    for run, part in weights.parts():
+        wide = part if part.ndim == 3 else part[:, :, None]
+        products.append((vectors[:, run] * wide).abs().amax((1, 2)))
+        totals.append(part.flatten(1).amax(1))
+    largest = torch.stack([torch.stack(products).amax(0), torch.stack(totals).amax(0)], 1).double()
+    _, exponent = torch.frexp(largest.clamp_min(1e-300))
+    return torch.exp2((FIXED_POINT_BITS - count.bit_length() - exponent).clamp(-1000, 1000).double())
