@@ -10,16 +10,20 @@ from torch import Tensor
 from vptq.quantize.layout import VectorWeights
 
 FIXED_POINT_BITS = 61
+MOST_COPIES = 16
+SPREAD = 4096  # clusters, or copies of clusters, that are enough not to crowd a GPU's atomic additions
 
 
 @dataclass(frozen=True)
 class FixedPointSums:
     """Σ w x and Σ w of every cluster of a batch, as integers.
 
+    There are several copies, so that few clusters don't make everyone add to the same place; what counts is their sum.
+
     Attributes:
-        products: (B, k, v) int64.
-        totals: (B, k) int64, of vectors whose elements weigh the same.
-        element_totals: (B, k, v) int64, of those with a weight for every element; None if there are none.
+        products: (B, copies, k, v) int64.
+        totals: (B, copies, k) int64, of vectors whose elements weigh the same.
+        element_totals: (B, copies, k, v) int64, of those with a weight for every element; None if there are none.
         steps: (B, 2) float64, powers of two: what terms of products and of totals are multiplied by.
     """
 
@@ -32,9 +36,14 @@ class FixedPointSums:
     def empty(vectors: Tensor, weights: VectorWeights, num_centroids: int) -> FixedPointSums:
         """Zeros, with steps as fine as can be without overflow. vectors: (B, n, v) float32; weights: of a batch."""
         batch, count, vector_len = vectors.shape
-        products = torch.zeros(batch, num_centroids, vector_len, dtype=torch.int64, device=vectors.device)
+        copies = max(1, min(MOST_COPIES, SPREAD // num_centroids))
+        products = torch.zeros(batch, copies, num_centroids, vector_len, dtype=torch.int64, device=vectors.device)
         ragged = torch.zeros_like(products) if weights.num_ragged else None
-        return FixedPointSums(products, torch.zeros_like(products[:, :, 0]), ragged, _steps(vectors, weights, count))
+        return FixedPointSums(products, torch.zeros_like(products[..., 0]), ragged, _steps(vectors, weights, count))
+
+    @property
+    def copies(self) -> int:
+        return self.products.shape[1]
 
     def clear(self) -> None:
         """In place: all zero again."""
@@ -46,17 +55,17 @@ class FixedPointSums:
         """Take in vectors of one batch entry. clusters: (m,) int64; vectors: (m, v); weights: (m,) or (m, v), float32."""
         product_step, weight_step = self.steps[entry]
         wide = weights if weights.ndim == 2 else weights[:, None]
-        self.products[entry].index_add_(0, clusters, _rounded((vectors * wide).double() * product_step))
+        self.products[entry, 0].index_add_(0, clusters, _rounded((vectors * wide).double() * product_step))
         totals = self.totals if weights.ndim == 1 else self.element_totals
         assert totals is not None
-        totals[entry].index_add_(0, clusters, _rounded(weights.double() * weight_step))
+        totals[entry, 0].index_add_(0, clusters, _rounded(weights.double() * weight_step))
 
     def decode(self) -> tuple[Tensor, Tensor]:
         """Σ w x, (B, k, v) float64, and Σ w, (B, k, v), or (B, k, 1) where no vector has a weight for every element."""
-        totals = self.totals[:, :, None]
+        totals = self.totals.sum(1)[:, :, None]
         if self.element_totals is not None:
-            totals = totals + self.element_totals
-        return self.products.double() / self.steps[:, :1, None], totals.double() / self.steps[:, 1:, None]
+            totals = totals + self.element_totals.sum(1)
+        return self.products.sum(1).double() / self.steps[:, :1, None], totals.double() / self.steps[:, 1:, None]
 
 
 def _rounded(values: Tensor) -> Tensor:

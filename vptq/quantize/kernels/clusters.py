@@ -101,9 +101,9 @@ class KernelClusters:
 
     def measure(self, active: list[int]) -> list[tuple[float, int]]:
         """Objective and number of clusters without weight, of each entry in `active`: one copy to the host."""
-        totals = self.fixed.totals
+        totals = self.fixed.totals.amax(1)
         if self.fixed.element_totals is not None:
-            totals = totals + self.fixed.element_totals.amax(2)
+            totals = totals + self.fixed.element_totals.amax((1, 3))
         empty = (totals <= 0).sum(1)
         both = torch.stack([entry_sums(self.errors), empty.double()], 1).tolist()
         return [(both[entry][0], int(both[entry][1])) for entry in active]

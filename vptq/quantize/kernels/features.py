@@ -166,6 +166,8 @@ def _vector_rows(
     VECTOR_LEN: tl.constexpr, WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, SPLIT: tl.constexpr, FAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    OF_X: tl.constexpr = (3 if SPLIT else 1) * VECTOR_LEN
+    LAST: tl.constexpr = OF_X + (2 * VECTOR_LEN if WEIGHTED else 2)
     entry = tl.program_id(1)
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = number < count
@@ -187,24 +189,22 @@ def _vector_rows(
             w = tl.load(w_ptr + vector * VECTOR_LEN + e, mask=inside, other=0.0)
             w = _half(tl.where(most > 0, w / tl.where(most > 0, most, 1.0), 0.0))
             scaled = w * x
-            first: tl.constexpr = (3 if SPLIT else 1) * VECTOR_LEN
-            tl.store(out + first + e, w.to(tl.float16), mask=inside)
-            tl.store(out + first + VECTOR_LEN + e, w.to(tl.float16), mask=inside)
+            tl.store(out + OF_X + e, w.to(tl.float16), mask=inside)
+            tl.store(out + OF_X + VECTOR_LEN + e, w.to(tl.float16), mask=inside)
         norm += scaled * x
         high = _half(scaled)
         tl.store(out + e, high.to(tl.float16), mask=inside)
         if SPLIT:
             tl.store(out + VECTOR_LEN + e, (scaled - high).to(tl.float16), mask=inside)
             tl.store(out + 2 * VECTOR_LEN + e, high.to(tl.float16), mask=inside)
-    last: tl.constexpr = (3 if SPLIT else 1) * VECTOR_LEN + (2 * VECTOR_LEN if WEIGHTED else 2)
     if not WEIGHTED:
         one = tl.full((BLOCK,), 1.0, tl.float16)
-        tl.store(out + last - 2, one, mask=inside)
-        tl.store(out + last - 1, one, mask=inside)
+        tl.store(out + LAST - 2, one, mask=inside)
+        tl.store(out + LAST - 1, one, mask=inside)
     norm = -0.5 * norm
     high = _half(norm)
-    tl.store(out + last, high.to(tl.float16), mask=inside)
-    tl.store(out + last + 1, (norm - high).to(tl.float16), mask=inside)
+    tl.store(out + LAST, high.to(tl.float16), mask=inside)
+    tl.store(out + LAST + 1, (norm - high).to(tl.float16), mask=inside)
     tl.store(far_ptr + vector, square > FAR * FAR, mask=inside)
 
 
@@ -214,6 +214,8 @@ def _centroid_rows(
     VECTOR_LEN: tl.constexpr, WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr,
     PADDED: tl.constexpr, HALF_LANES: tl.constexpr, FAR: tl.constexpr, NEVER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    OF_X: tl.constexpr = (3 if SPLIT else 1) * VECTOR_LEN
+    LAST: tl.constexpr = OF_X + (2 * VECTOR_LEN if WEIGHTED else 2)
     entry = tl.load(active_ptr + tl.program_id(1))
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = number < num_centroids
@@ -248,16 +250,14 @@ def _centroid_rows(
         half_square = -0.5 * kept * kept
         norm += half_square
         if WEIGHTED:
-            first: tl.constexpr = (3 if SPLIT else 1) * VECTOR_LEN
             half_square = tl.where(usable, half_square, NEVER)
             top = _half(half_square)
-            tl.store(out + first + e, top.to(tl.float16))
-            tl.store(out + first + VECTOR_LEN + e, (half_square - top).to(tl.float16))
-    last: tl.constexpr = (3 if SPLIT else 1) * VECTOR_LEN + (2 * VECTOR_LEN if WEIGHTED else 2)
+            tl.store(out + OF_X + e, top.to(tl.float16))
+            tl.store(out + OF_X + VECTOR_LEN + e, (half_square - top).to(tl.float16))
     if not WEIGHTED:
         norm = tl.where(usable, norm, NEVER)
         top = _half(norm)
-        tl.store(out + last - 2, top.to(tl.float16))
-        tl.store(out + last - 1, (norm - top).to(tl.float16))
-    tl.store(out + last, one)
-    tl.store(out + last + 1, one)
+        tl.store(out + LAST - 2, top.to(tl.float16))
+        tl.store(out + LAST - 1, (norm - top).to(tl.float16))
+    tl.store(out + LAST, one)
+    tl.store(out + LAST + 1, one)
