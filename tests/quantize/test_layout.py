@@ -49,8 +49,8 @@ def test_weights_are_the_columns_diagonal_and_padding_has_none():
 
 def test_one_weight_a_vector_leaves_padding_without():
     padded = VectorWeights(torch.zeros(0), torch.tensor([[4.0, 2, 0], [1, 1, 1]]))
-    assert padded.one_a_vector().ragged.tolist() == [[3, 3, 0], [1, 1, 1]]
-    whole = VectorWeights(torch.zeros(0), torch.tensor([[4.0, 2], [1, 3]])).one_a_vector()
+    assert padded.one_a_vector(padded=True).ragged.tolist() == [[3, 3, 0], [1, 1, 1]]
+    whole = VectorWeights(torch.zeros(0), torch.tensor([[4.0, 2], [1, 3]])).one_a_vector(padded=False)
     assert whole.whole.tolist() == [3, 2] and whole.num_ragged == 0
 
 

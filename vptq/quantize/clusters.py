@@ -32,8 +32,17 @@ class Clusters(Protocol):
     def nearest(self, centroids: Tensor) -> Tensor:
         """Assign all and forget sums. centroids: (B, k, v) float32; returns assignments, (B, n) int32."""
 
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """Σ w x (B, k, v) and Σ w (B, k, v or 1) of every cluster, float64, the same bits every run."""
+    def means(self, centroids: Tensor, active: list[int]) -> Tensor:
+        """Centroids moved to the weighted mean of their vectors, the same bits every run.
+
+        A cluster, or an element of it, that has no weight keeps its value; so does every entry that is not in `active`.
+
+        Args:
+            centroids: (B, k, v) float32. Not modified.
+        """
+
+    def empty(self, entry: int) -> Tensor:
+        """Clusters of one entry that have no weight: (number of them,) int64."""
 
     def measure(self, active: list[int]) -> list[tuple[float, int]]:
         """Objective and number of clusters without weight, of each entry in `active`."""
@@ -77,19 +86,26 @@ class PlainClusters:
         self.assign(centroids, list(range(len(centroids))))
         return self.assignments
 
-    def sums(self) -> tuple[Tensor, Tensor]:
-        for entry, found in enumerate(self._sums):
-            if found is None:
-                self._sums[entry] = cluster_sums(
-                    self.vectors[entry], self.weights.entry(entry), self.assignments[entry], self.num_centroids
-                )
-        products, totals = zip(*(found for found in self._sums if found is not None), strict=True)
-        return torch.stack(products), torch.stack(totals)
+    def means(self, centroids: Tensor, active: list[int]) -> Tensor:
+        moved = centroids.clone()
+        for entry in active:
+            sums, totals = self.sums(entry)
+            moved[entry] = torch.where(totals > 0, sums / totals.clamp_min(1e-300), centroids[entry].double()).float()
+        return moved
+
+    def empty(self, entry: int) -> Tensor:
+        return torch.nonzero(self.sums(entry)[1].amax(1) <= 0)[:, 0]
+
+    def sums(self, entry: int) -> tuple[Tensor, Tensor]:
+        """Σ w x (k, v) and Σ w (k, v or 1) of every cluster of one entry, float64."""
+        found = self._sums[entry]
+        if found is None:
+            found = cluster_sums(self.vectors[entry], self.weights.entry(entry), self.assignments[entry], self.num_centroids)
+            self._sums[entry] = found
+        return found
 
     def measure(self, active: list[int]) -> list[tuple[float, int]]:
-        totals = self.sums()[1]
-        empty = (totals.amax(2) <= 0).sum(1).tolist()
-        return [(self.errors[entry].double().sum().item(), empty[entry]) for entry in active]
+        return [(self.errors[entry].double().sum().item(), len(self.empty(entry))) for entry in active]
 
 
 def cluster_sums(vectors: Tensor, weights: VectorWeights, assignments: Tensor, num_centroids: int) -> tuple[Tensor, Tensor]:

@@ -25,21 +25,28 @@ class FixedPointSums:
         totals: (B, copies, k) int64, of vectors whose elements weigh the same.
         element_totals: (B, copies, k, v) int64, of those with a weight for every element; None if there are none.
         steps: (B, 2) float64, powers of two: what terms of products and of totals are multiplied by.
+        memory: what holds all sums, so that one call clears them.
     """
 
     products: Tensor
     totals: Tensor
     element_totals: Tensor | None
     steps: Tensor
+    memory: Tensor
 
     @staticmethod
     def empty(vectors: Tensor, weights: VectorWeights, num_centroids: int) -> FixedPointSums:
         """Zeros, with steps as fine as can be without overflow. vectors: (B, n, v) float32; weights: of a batch."""
         batch, count, vector_len = vectors.shape
         copies = max(1, min(MOST_COPIES, SPREAD // num_centroids))
-        products = torch.zeros(batch, copies, num_centroids, vector_len, dtype=torch.int64, device=vectors.device)
-        ragged = torch.zeros_like(products) if weights.num_ragged else None
-        return FixedPointSums(products, torch.zeros_like(products[..., 0]), ragged, _steps(vectors, weights, count))
+        clusters = batch * copies * num_centroids
+        elements = clusters * vector_len
+        memory = torch.zeros(clusters + elements * (2 if weights.num_ragged else 1), dtype=torch.int64, device=vectors.device)
+        shape = (batch, copies, num_centroids)
+        products = memory[:elements].view(*shape, vector_len)
+        totals = memory[elements : elements + clusters].view(shape)
+        ragged = memory[elements + clusters :].view(*shape, vector_len) if weights.num_ragged else None
+        return FixedPointSums(products, totals, ragged, _steps(vectors, weights, count), memory)
 
     @property
     def copies(self) -> int:
@@ -47,9 +54,7 @@ class FixedPointSums:
 
     def clear(self) -> None:
         """In place: all zero again."""
-        for tensor in (self.products, self.totals, self.element_totals):
-            if tensor is not None:
-                tensor.zero_()
+        self.memory.zero_()
 
     def add(self, entry: int, clusters: Tensor, vectors: Tensor, weights: Tensor) -> None:
         """Take in vectors of one batch entry. clusters: (m,) int64; vectors: (m, v); weights: (m,) or (m, v), float32."""

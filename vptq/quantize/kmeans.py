@@ -89,9 +89,10 @@ def batched_kmeans(
         measured = dict(zip(active, clusters.measure(active), strict=True))
         worse = [entry for entry in active if measured[entry][0] > objectives[entry][-1]]
         better = [entry for entry in active if entry not in worse]
-        centroids[better] = moved[better]
         if worse:  # by rounding only: Lloyd's steps can't raise it
-            clusters.assign(centroids, worse)
+            moved[worse] = centroids[worse]
+            clusters.assign(moved, worse)
+        centroids = moved
         for entry in better:
             objectives[entry].append(measured[entry][0])
         active = [entry for entry in better if objectives[entry][-2] - objectives[entry][-1] > tol * objectives[entry][-2]]
@@ -141,13 +142,11 @@ def _updated_centroids(clusters: Clusters, centroids: Tensor, num_empty: dict[in
     Returns:
         (B, k, v) float32.
     """
-    sums, totals = clusters.sums()
-    means = torch.where(totals > 0, sums / totals.clamp_min(1e-300), centroids.double()).float()
+    moved = clusters.means(centroids, list(num_empty))
     for entry, count in num_empty.items():
         if count:
-            empty = torch.nonzero(totals[entry].amax(1) <= 0).flatten()
             count = min(count, clusters.vectors.shape[1])
             worst = torch.topk(clusters.errors[entry], count)
             useful = worst.values > 0
-            means[entry, empty[:count][useful]] = clusters.vectors[entry, worst.indices[useful]]
-    return means
+            moved[entry, clusters.empty(entry)[:count][useful]] = clusters.vectors[entry, worst.indices[useful]]
+    return moved

@@ -108,12 +108,15 @@ class VectorWeights:
         """What each vector weighs in all: (..., n)."""
         return torch.cat([self.whole * self.ragged.shape[-1], self.ragged.sum(-1)], -1)
 
-    def one_a_vector(self) -> VectorWeights:
-        """The mean weight of a vector's elements for all of them; an element without weight (padding) keeps none."""
+    def one_a_vector(self, padded: bool) -> VectorWeights:
+        """The mean weight of a vector's elements for all of them.
+
+        Where vectors may be padded, an element without weight keeps none.
+        """
+        if not padded:
+            return VectorWeights(torch.cat([self.whole, self.ragged.mean(-1)], -1), self.ragged[..., :0, :])
         present = (self.ragged > 0).float()
         mean = self.ragged.sum(-1, keepdim=True) / present.sum(-1, keepdim=True).clamp_min(1)
-        if not self.num_whole and bool(present.all()):
-            return VectorWeights(mean[..., 0], self.ragged[..., :0, :])
         return VectorWeights(self.whole, present * mean)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,10 +16,10 @@ from vptq.geometry import Geometry, plan_geometry
 from vptq.quantize.codebook import store_codebook
 from vptq.quantize.kmeans import batched_kmeans
 from vptq.quantize.layout import Normalisation, VectorWeights, importance_order, normalise, split_vectors, vector_weights
-from vptq.quantize.metric import InverseFactor, factor_inverse, proxy_error, scale_metric
+from vptq.quantize.metric import InverseFactor, ProxyError, factor_inverse, scale_metric
 from vptq.quantize.result import Codebook, QuantizedWeight
 from vptq.quantize.segments import Segment, SweepResult
-from vptq.quantize.sweep import quantize_nearest, sweep
+from vptq.quantize.sweep import quantize_nearest, sweep_linears
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class LinearReport:
         error_residual: with the residual stage too; None if off. error: what the stored weight has in the end.
         damping_frac, damping_retries: the damping used, and how often it had to be raised tenfold.
         kmeans_iterations: updates of each k-means, outliers first, then groups, then residual groups.
-        seconds: wall time.
+        seconds: wall time; of linears quantized together, an equal share.
     """
 
     error_kmeans: float
@@ -44,6 +45,21 @@ class LinearReport:
 
 
 @dataclass(frozen=True)
+class LinearInput:
+    """One linear to quantize.
+
+    Attributes:
+        name: seeds its k-means, with `kseed`; stands in messages.
+        weight: (out_features, in_features) float, finite.
+        hessian: (in_features, in_features) float, symmetric: mean over tokens of x xᵀ.
+    """
+
+    name: str
+    weight: Tensor
+    hessian: Tensor
+
+
+@dataclass(frozen=True)
 class Problem:
     """One linear, normalised and permuted, ready for codebooks and sweep."""
 
@@ -52,11 +68,14 @@ class Problem:
     factor: InverseFactor
     perm: Tensor  # (in,) int64
     normalisation: Normalisation | None
+    measure: ProxyError
+    generator: torch.Generator
+    iterations: list[int]  # of each k-means so far
 
-    def restore(self, quantized: Tensor) -> Tensor:
-        """Back to original column order and scale."""
+    def error(self, quantized: Tensor) -> float:
+        """Proxy error of a quantized `weight`, back in original column order and scale."""
         unpermuted = quantized[:, torch.argsort(self.perm)]
-        return self.normalisation.undo(unpermuted) if self.normalisation else unpermuted
+        return self.measure.of(self.normalisation.undo(unpermuted) if self.normalisation else unpermuted)
 
 
 def quantize_linear(
@@ -75,58 +94,79 @@ def quantize_linear(
         UsageError: settings that do not fit the shape.   NumericalError: non-finite weight or Hessian, or one that can't
         be factored; names the linear.
     """
+    return quantize_linears([LinearInput(name, weight, hessian)], config, storage_dtype=storage_dtype)[0]
+
+
+def quantize_linears(
+    linears: Sequence[LinearInput], config: LinearConfig, *, storage_dtype: torch.dtype = torch.float16
+) -> list[tuple[QuantizedWeight, LinearReport]]:
+    """`quantize_linear` for several linears of one shape: together they fill a GPU; each comes out the same bits as alone."""
     started = time.perf_counter()
-    _check_inputs(weight, hessian, name)
-    geometry, faults = plan_geometry(weight.shape[0], weight.shape[1], config)
-    if geometry is None:
-        raise UsageError(f"`{name}` can't be cut as the settings ask", where=faults)
-    try:
-        return _quantize(weight.float(), hessian.float(), config, geometry, name, storage_dtype, started)
-    except NumericalError as error:
-        raise NumericalError(error.what, where=[name], hint=error.hint) from error
+    for linear in linears:
+        _check_input(linear)
+    shape = linears[0].weight.shape
+    geometry, faults = plan_geometry(shape[0], shape[1], config)
+    if geometry is None or any(linear.weight.shape != shape for linear in linears):
+        names = ", ".join(f"`{linear.name}`" for linear in linears)
+        raise UsageError(f"{names} can't be cut as the settings ask", where=faults or ["their shapes differ"])
+    problems = [_prepare(linear, config, storage_dtype) for linear in linears]
+    found = _quantize(problems, config, geometry, storage_dtype)
+    seconds = (time.perf_counter() - started) / len(linears)
+    return [(quantized, replace(report, seconds=seconds)) for quantized, report in found]
 
 
 def _quantize(
-    original: Tensor,
-    hessian: Tensor,
-    config: LinearConfig,
-    geometry: Geometry,
-    name: str,
-    storage_dtype: torch.dtype,
-    started: float,
-) -> tuple[QuantizedWeight, LinearReport]:
-    problem = _prepare(original, hessian, config, storage_dtype)
-    generator = torch.Generator().manual_seed(_seed_of(name, config.kseed))
-    codebooks = _Codebooks(config, geometry, storage_dtype, generator)
-    outlier_book, main_book = codebooks.fit_outliers(problem), codebooks.fit_groups(problem, problem.weight)
-    segments = _segments(geometry, outlier_book, (main_book,))
-    nearest = quantize_nearest(problem.weight, segments, geometry, problem.metric_diagonal)
-    error_kmeans = proxy_error(original, problem.restore(nearest), hessian)
-
-    swept = sweep(problem.weight, problem.factor.inv_chol, segments, geometry, config.blocksize)
-    error = error_sweep = proxy_error(original, problem.restore(swept.quantized), hessian)
-    residual_book, error_residual = None, None
+    problems: list[Problem], config: LinearConfig, geometry: Geometry, storage_dtype: torch.dtype
+) -> list[tuple[QuantizedWeight, LinearReport]]:
+    fit = _Codebooks(config, geometry, storage_dtype, problems)
+    outlier_books = fit.outliers()
+    main_books = fit.groups([problem.weight for problem in problems])
+    segments = [_segments(geometry, o, (m,)) for o, m in zip(outlier_books, main_books, strict=True)]
+    errors_kmeans = [
+        problem.error(quantize_nearest(problem.weight, own, geometry, problem.metric_diagonal))
+        for problem, own in zip(problems, segments, strict=True)
+    ]
+    swept = _sweep(problems, segments, geometry, config)
+    errors_sweep = [problem.error(result.quantized) for problem, result in zip(problems, swept, strict=True)]
+    residual_books: list[Codebook | None] = [None] * len(problems)
+    errors_residual: list[float | None] = [None] * len(problems)
     if config.has_residual:
-        residual_book = codebooks.fit_residual(problem, swept.leftover)
-        segments = _segments(geometry, outlier_book, (main_book, residual_book))
-        swept = sweep(problem.weight, problem.factor.inv_chol, segments, geometry, config.blocksize)
-        error = error_residual = proxy_error(original, problem.restore(swept.quantized), hessian)
+        books = fit.residuals([result.leftover for result in swept])
+        segments = [_segments(geometry, o, (m, r)) for o, m, r in zip(outlier_books, main_books, books, strict=True)]
+        swept = _sweep(problems, segments, geometry, config)
+        errors_residual = [problem.error(result.quantized) for problem, result in zip(problems, swept, strict=True)]
+        residual_books = list(books)
+    quantized = [
+        _collect(*parts, config=config, geometry=geometry)
+        for parts in zip(problems, swept, outlier_books, main_books, residual_books, strict=True)
+    ]
+    reports = [_report(*figures) for figures in zip(problems, errors_kmeans, errors_sweep, errors_residual, strict=True)]
+    return list(zip(quantized, reports, strict=True))
 
-    quantized = _collect(problem, config, geometry, swept, outlier_book, main_book, residual_book)
-    report = LinearReport(
+
+def _sweep(
+    problems: list[Problem], segments: list[list[Segment]], geometry: Geometry, config: LinearConfig
+) -> list[SweepResult]:
+    weights = torch.stack([problem.weight for problem in problems])
+    inv_chols = torch.stack([problem.factor.inv_chol for problem in problems])
+    return sweep_linears(weights, inv_chols, segments, geometry, config.blocksize)
+
+
+def _report(problem: Problem, error_kmeans: float, error_sweep: float, error_residual: float | None) -> LinearReport:
+    return LinearReport(
         error_kmeans=error_kmeans,
         error_sweep=error_sweep,
         error_residual=error_residual,
-        error=error,
+        error=error_sweep if error_residual is None else error_residual,
         damping_frac=problem.factor.damping_frac,
         damping_retries=problem.factor.retries,
-        kmeans_iterations=tuple(codebooks.iterations),
-        seconds=time.perf_counter() - started,
+        kmeans_iterations=tuple(problem.iterations),
+        seconds=0.0,
     )
-    return quantized, report
 
 
-def _check_inputs(weight: Tensor, hessian: Tensor, name: str) -> None:
+def _check_input(linear: LinearInput) -> None:
+    name, weight, hessian = linear.name, linear.weight, linear.hessian
     if hessian.shape != (weight.shape[1], weight.shape[1]):
         raise VptqError(f"`{name}`: Hessian {tuple(hessian.shape)} does not fit weight {tuple(weight.shape)}")
     if not bool(torch.isfinite(weight).all()):
@@ -144,71 +184,79 @@ def _seed_of(name: str, kseed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{kseed}/{name}".encode()).digest()[:7], "little")
 
 
-def _prepare(weight: Tensor, hessian: Tensor, config: LinearConfig, storage_dtype: torch.dtype) -> Problem:
+def _prepare(linear: LinearInput, config: LinearConfig, storage_dtype: torch.dtype) -> Problem:
+    weight, hessian = linear.weight.float(), linear.hessian.float()
     normalisation = normalise(weight, storage_dtype) if config.enable_norm else None
     metric = scale_metric(hessian, normalisation.scale) if normalisation else hessian
     scaled = normalisation.apply(weight) if normalisation else weight
     diagonal = metric.diagonal().clamp_min(0)
     perm = importance_order(diagonal) if config.enable_perm else torch.arange(len(diagonal), device=weight.device)
     # The permuted matrix is factored: a triangular factor can't be un-permuted afterwards.
-    factor = factor_inverse(metric[perm][:, perm], config.percdamp)
-    return Problem(scaled[:, perm].contiguous(), diagonal[perm].contiguous(), factor, perm, normalisation)
+    try:
+        factor = factor_inverse(metric[perm][:, perm], config.percdamp)
+    except NumericalError as error:
+        raise NumericalError(error.what, where=[linear.name], hint=error.hint) from error
+    generator = torch.Generator().manual_seed(_seed_of(linear.name, config.kseed))
+    measure = ProxyError(weight, hessian)
+    return Problem(
+        scaled[:, perm].contiguous(), diagonal[perm].contiguous(), factor, perm, normalisation, measure, generator, []
+    )
 
 
 class _Codebooks:
-    """Fits the codebooks of one linear; keeps count of the iterations."""
+    """Fits the codebooks of linears of one shape: all their runs of columns in one batch of k-means."""
 
-    def __init__(
-        self, config: LinearConfig, geometry: Geometry, storage_dtype: torch.dtype, generator: torch.Generator
-    ) -> None:
-        self.config = config
-        self.geometry = geometry
-        self.storage_dtype = storage_dtype
-        self.generator = generator
-        self.iterations: list[int] = []
+    def __init__(self, config: LinearConfig, geometry: Geometry, storage_dtype: torch.dtype, problems: list[Problem]) -> None:
+        self.config, self.geometry, self.storage_dtype, self.problems = config, geometry, storage_dtype, problems
 
-    def fit_outliers(self, problem: Problem) -> Codebook | None:
+    def outliers(self) -> list[Codebook | None]:
         if not self.geometry.outlier_size:
-            return None
+            return [None] * len(self.problems)
+        data = [problem.weight for problem in self.problems]
         columns = [slice(0, self.geometry.outlier_size)]
-        return self._fit(problem, problem.weight, columns, self.config.vector_lens[0], self.config.num_centroids[0])
+        return list(self._fit(data, columns, self.config.vector_lens[0], self.config.num_centroids[0]))
 
-    def fit_groups(self, problem: Problem, data: Tensor) -> Codebook:
-        return self._fit(problem, data, self._groups(), self.config.vector_len, self.config.num_centroids[1])
+    def groups(self, data: list[Tensor]) -> list[Codebook]:
+        return self._fit(data, self._groups(), self.config.vector_len, self.config.num_centroids[1])
 
-    def fit_residual(self, problem: Problem, leftover: Tensor) -> Codebook:
+    def residuals(self, leftovers: list[Tensor]) -> list[Codebook]:
         """k-means on what the sweep left, with one weight a vector."""
         k = self.config.num_res_centroids[1]
-        return self._fit(problem, leftover, self._groups(), self.config.vector_len, k, per_vector=True)
+        return self._fit(leftovers, self._groups(), self.config.vector_len, k, per_vector=True)
 
     def _groups(self) -> list[slice]:
         return [slice(*self.geometry.group_columns(g)) for g in range(self.geometry.group_num)]
 
     def _fit(
-        self, problem: Problem, data: Tensor, runs: list[slice], vector_len: int, num_centroids: int, per_vector: bool = False
-    ) -> Codebook:
-        """One codebook for each run of columns, all runs in one batch."""
-        vectors, weights = [], []
-        for columns in runs:
-            vectors.append(split_vectors(data[:, columns], self.geometry, vector_len).view(-1, vector_len))
-            diagonal = problem.metric_diagonal[columns]
-            if self.config.kmeans_mode == "uniform":
-                diagonal = torch.ones_like(diagonal)
-            weights.append(vector_weights(diagonal, self.geometry, vector_len))
+        self, data: list[Tensor], runs: list[slice], vector_len: int, num_centroids: int, per_vector: bool = False
+    ) -> list[Codebook]:
+        """A codebook for each run of columns of each linear."""
+        vectors, weights, generators = [], [], []
+        for problem, matrix in zip(self.problems, data, strict=True):
+            for columns in runs:
+                vectors.append(split_vectors(matrix[:, columns], self.geometry, vector_len).view(-1, vector_len))
+                diagonal = problem.metric_diagonal[columns]
+                if self.config.kmeans_mode == "uniform":
+                    diagonal = torch.ones_like(diagonal)
+                weights.append(vector_weights(diagonal, self.geometry, vector_len))
+                generators.append(problem.generator)
         batch = VectorWeights.stack(weights)
+        size = self.geometry.out_features if self.geometry.vector_quant_dim == "out" else runs[0].stop - runs[0].start
         found = batched_kmeans(
             torch.stack(vectors),
-            batch.one_a_vector() if per_vector else batch,
+            batch.one_a_vector(padded=size % vector_len != 0) if per_vector else batch,
             num_centroids,
             iterations=self.config.kiter,
             tol=self.config.ktol,
-            generators=[self.generator] * len(runs),
+            generators=generators,
         )
-        self.iterations += [result.iterations for result in found]
-        return self._store([result.centroids for result in found])
-
-    def _store(self, centroids: list[Tensor]) -> Codebook:
-        return store_codebook(torch.stack(centroids), self.config.bitwidth, self.config.bsize, self.storage_dtype)
+        books = []
+        for number, problem in enumerate(self.problems):
+            own = found[number * len(runs) : (number + 1) * len(runs)]
+            problem.iterations.extend(result.iterations for result in own)
+            centroids = torch.stack([result.centroids for result in own])
+            books.append(store_codebook(centroids, self.config.bitwidth, self.config.bsize, self.storage_dtype))
+        return books
 
 
 def _segments(geometry: Geometry, outlier_book: Codebook | None, books: tuple[Codebook, ...]) -> list[Segment]:
@@ -222,12 +270,13 @@ def _segments(geometry: Geometry, outlier_book: Codebook | None, books: tuple[Co
 
 def _collect(
     problem: Problem,
-    config: LinearConfig,
-    geometry: Geometry,
     swept: SweepResult,
     outlier_book: Codebook | None,
     main_book: Codebook,
     residual_book: Codebook | None,
+    *,
+    config: LinearConfig,
+    geometry: Geometry,
 ) -> QuantizedWeight:
     outlier_indices = swept.indices[0][0][None].int() if outlier_book is not None else None
     groups = swept.indices[1:] if outlier_book is not None else swept.indices

@@ -66,17 +66,28 @@ def factor_inverse(metric: Tensor, damping_frac: float) -> InverseFactor:
     )
 
 
-def proxy_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+class ProxyError:
     """tr(E H Eᵀ) / tr(W H Wᵀ), E = weight - quantized, all in original column order and scale; undamped H.
 
     Args:
-        weight, quantized: (out_features, in_features) float32. hessian: (in_features, in_features) float32.
-    Returns:
-        The relative error; 0 if both are zero.
+        weight: (out_features, in_features) float32. hessian: (in_features, in_features) float32.
     """
-    error = weight - quantized
-    numerator = ((error @ hessian).double() * error.double()).sum().item()
-    denominator = ((weight @ hessian).double() * weight.double()).sum().item()
-    if denominator <= 0:
-        return 0.0 if numerator <= 0 else float("inf")
-    return max(numerator, 0.0) / denominator
+
+    def __init__(self, weight: Tensor, hessian: Tensor) -> None:
+        self.weight, self.hessian = weight, hessian
+        self.denominator = self._trace(weight)
+
+    def _trace(self, rows: Tensor) -> float:
+        return ((rows @ self.hessian).double() * rows.double()).sum().item()
+
+    def of(self, quantized: Tensor) -> float:
+        """The relative error of (out_features, in_features) float32; 0 if both traces are zero."""
+        numerator = self._trace(self.weight - quantized)
+        if self.denominator <= 0:
+            return 0.0 if numerator <= 0 else float("inf")
+        return max(numerator, 0.0) / self.denominator
+
+
+def proxy_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """`ProxyError` for one quantized weight; all float32, weights (out_features, in_features)."""
+    return ProxyError(weight, hessian).of(quantized)

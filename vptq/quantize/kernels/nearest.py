@@ -63,7 +63,8 @@ def nearest_in_group(
         totals = sums.element_totals if layout.weighted else sums.totals
     _nearest_in_group[(num_programs(count, REFINE_ROWS), len(active))](
         vectors, weights, centroids.grouped, active, groups, far, assignments, errors,
-        products, totals, steps, sums.copies if sums is not None else 1, count, layout.num_centroids, assignments.shape[1], first,
+        products, totals, steps, sums.copies if sums is not None else 1,
+        count, layout.num_centroids, assignments.shape[1], first,
         VECTOR_LEN=vector_len, GROUP=layout.group, PADDED=layout.padded, WEIGHTED=layout.weighted, SUMS=sums is not None,
         ROWS=REFINE_ROWS, num_warps=4,
     )  # fmt: skip
@@ -144,7 +145,8 @@ def _best_groups(
 
 @triton.jit
 def _nearest_in_group(
-    x_ptr, w_ptr, grouped_ptr, active_ptr, groups_ptr, far_ptr, assignments_ptr, errors_ptr, sums_ptr, totals_ptr, steps_ptr, copies,
+    x_ptr, w_ptr, grouped_ptr, active_ptr, groups_ptr, far_ptr, assignments_ptr, errors_ptr,
+    sums_ptr, totals_ptr, steps_ptr, copies,
     count, num_centroids, total, first,
     VECTOR_LEN: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, WEIGHTED: tl.constexpr, SUMS: tl.constexpr,
     ROWS: tl.constexpr,
