@@ -180,3 +180,14 @@ def test_collect_leaves_the_watcher_empty():
         block(torch.ones(1, 4))
     assert len(watcher.collect()) == 2
     assert watcher.collect() == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_inputs_lose_nothing_that_float32_keeps(dtype, generator):
+    x = (torch.randn(20000, 256, generator=generator) * torch.logspace(1, -2, 256)).cuda().to(dtype)
+    exact = x.double().T @ x.double() / len(x)
+    size = exact.diagonal().sqrt()
+    mixed, plain = accumulate(list(x.split(4096))), accumulate(list(x.float().split(4096)))
+    errors = [((found.mean().double() - exact).abs() / (size[:, None] * size)).max().item() for found in (mixed, plain)]
+    assert errors[0] < 1e-5 and errors[1] < 1e-5

@@ -148,7 +148,7 @@ def test_flag_wins_over_file_over_default(capsys, tiny_llama, text_file, tmp_pat
 def test_resume_through_the_command_line(capsys, tiny_llama, text_file, tmp_path, monkeypatch):
     import vptq.pipeline.workers as workers
 
-    real, calls = workers.run_task, []
+    real, calls = workers.quantize_batch, []
 
     def interrupt(*args, **kwargs):
         calls.append(1)
@@ -156,11 +156,11 @@ def test_resume_through_the_command_line(capsys, tiny_llama, text_file, tmp_path
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(workers, "run_task", interrupt)
+    monkeypatch.setattr(workers, "quantize_batch", interrupt)
     code, _, err = quantize(capsys, tiny_llama, text_file, tmp_path)
     assert code == 130 and "vptq quantize --resume" in err
     folder = err.split("--resume ")[1].split()[0]
-    monkeypatch.setattr(workers, "run_task", real)
+    monkeypatch.setattr(workers, "quantize_batch", real)
     code, _, err = run(capsys, "quantize", "--resume", folder, "--kiter", "9")
     assert code == 2 and "kiter: the run was started with 3, not 9" in err
     code, out, _ = run(capsys, "quantize", "--resume", folder)

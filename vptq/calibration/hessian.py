@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,12 +12,16 @@ from torch import Tensor, nn
 
 from vptq.errors import NumericalError
 
+CHUNK_TOKENS = 1024  # tensor cores add up to here; longer sums lose what float32 would keep
+CHUNKS = 16  # added up in float32, then in float64
+
 
 class HessianAccumulator:
     """H = mean over tokens of x xᵀ, taken in one batch at a time.
 
-    The product of each batch is float32, the sum over batches float64, so that the order and number of batches move the
-    result by rounding only.
+    Float32 inputs: the product of each batch is float32, the sum over batches float64, so that the order and number of
+    batches move the result by rounding only. Float16 and bfloat16 inputs on a GPU: tensor cores take the products of 1024
+    tokens at a time, exact and summed in float32; docs/performance.md has the error of both.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -25,9 +30,14 @@ class HessianAccumulator:
 
     def add(self, inputs: Tensor) -> None:
         """inputs: (..., in_features) float."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        self.total += rows.T @ rows
+        rows = inputs.reshape(-1, inputs.shape[-1])
         self.num_tokens += len(rows)
+        if rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16) and has_mixed_products():
+            for run in rows.split(CHUNK_TOKENS * CHUNKS):
+                self.total += mixed_product(run)
+        else:
+            rows = rows.float()
+            self.total += rows.T @ rows
 
     def merge(self, other: HessianAccumulator) -> None:
         """Take in what another one has seen."""
@@ -38,6 +48,25 @@ class HessianAccumulator:
         """(in_features, in_features) float32, symmetric to the bit."""
         mean = (self.total / max(self.num_tokens, 1)).float()
         return (mean + mean.T) / 2
+
+
+def mixed_product(rows: Tensor) -> Tensor:
+    """rowsᵀ rows of (tokens, in_features) float16 or bfloat16 on a GPU: (in_features, in_features) float32."""
+    chunks = rows.split(CHUNK_TOKENS)
+    product = torch.mm(chunks[0].T, chunks[0], out_dtype=torch.float32)
+    for chunk in chunks[1:]:
+        product = torch.addmm(product, chunk.T, chunk, out_dtype=torch.float32)
+    return product
+
+
+@functools.cache
+def has_mixed_products() -> bool:
+    """Whether this torch multiplies 16-bit matrices into a float32 one (from 2.8 on)."""
+    ones = torch.ones(16, 16, dtype=torch.float16, device="cuda")
+    try:
+        return bool(torch.addmm(ones.float(), ones, ones, out_dtype=torch.float32).eq(17).all())
+    except (TypeError, RuntimeError):
+        return False
 
 
 @dataclass(frozen=True)

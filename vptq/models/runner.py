@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vptq.models.architecture import Skeleton, tied_names
+from vptq.models.staging import Stage, to_main_memory
 from vptq.models.stream import TensorSource, load_module, unload_module
 
 KEEP_ON_GPU_FRACTION = 0.25
@@ -72,6 +73,11 @@ class BlockRunner:
     def load_block(self, block: int) -> None:
         load_module(self.skeleton.blocks[block], self.skeleton.block_name(block), self.source, self.device, self.dtype)
 
+    def block_parameters(self, block: int) -> list[str]:
+        """Full names of a block's parameters."""
+        prefix = self.skeleton.block_name(block)
+        return [f"{prefix}.{name}" for name, _ in self.skeleton.blocks[block].named_parameters()]
+
     def unload_block(self, block: int) -> None:
         unload_module(self.skeleton.blocks[block])
 
@@ -87,7 +93,7 @@ class BlockRunner:
         keep = self._hidden_device(token_batches)
 
         def catch(block: int, hidden: Tensor, inputs: _BlockInputs) -> Tensor:
-            batches.append(hidden.to(keep))
+            batches.append(hidden.to(keep) if keep.type == self.device.type else to_main_memory(hidden))
             raise _StopForward
 
         for tokens in token_batches:
@@ -103,14 +109,15 @@ class BlockRunner:
         The block must be loaded.
         """
         module = self.skeleton.blocks[block]
-        for number, tokens in enumerate(states.tokens):
-            hidden = states.batches[number]
+        stage = Stage(states.batches, self.device)
+        for number, (tokens, hidden) in enumerate(zip(states.tokens, stage, strict=True)):
             inputs = self._inputs[self._shape(tokens)][block]
-            output = module(hidden.to(self.device), *inputs.args, **inputs.kwargs)
+            output = module(hidden, *inputs.args, **inputs.kwargs)
             self._returns_tuple = isinstance(output, tuple)
-            states.batches[number] = (output[0] if isinstance(output, tuple) else output).to(hidden.device)
+            stage.put(number, output[0] if isinstance(output, tuple) else output)
             if progress:
                 progress()
+        stage.finish()
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def load_module(
                 f"`{full}` is {tuple(tensor.shape)} in the file but {tuple(parameter.shape)} by config.json",
                 hint="config.json and weights are not of one model",
             )
-        tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+        tensor = tensor.to(device, non_blocking=True).to(dtype if tensor.is_floating_point() else tensor.dtype)
         _set_parameter(module, name, tensor)
 
 

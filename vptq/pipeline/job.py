@@ -92,6 +92,12 @@ class Job:
                 f"another process works in `{self.folder}`", hint="wait until it is done, or stop it, and resume then"
             ) from None
 
+    def unlock(self) -> None:
+        """Let others in again."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def save(self, finished: bool) -> None:
         state = {
             "version": JOB_VERSION,

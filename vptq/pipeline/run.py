@@ -28,6 +28,7 @@ from vptq.models.architecture import Skeleton, load_skeleton, resolve_folder
 from vptq.models.device import forced_dtype, resolve_device
 from vptq.models.files import save_json
 from vptq.models.headers import fingerprint, folder_bytes
+from vptq.models.prefetch import PrefetchingFolder
 from vptq.models.runner import BlockRunner, HiddenStates
 from vptq.models.stream import FolderSource, TensorSource
 from vptq.nn.reference import dequantize_packed
@@ -81,7 +82,11 @@ def quantize_model(
         free = {name: value for name, value in (given or {}).items() if name in FREE_ON_RESUME}
         config = QuantConfig.from_flat(job.config.to_flat() | free)
     config.validate()
-    return _Run(config, job, progress or Silent()).execute()
+    run = _Run(config, job, progress or Silent())
+    try:
+        return run.execute()
+    finally:
+        run.job.unlock()
 
 
 def _finished_result(job: Job) -> RunResult:
@@ -135,7 +140,8 @@ class _Run:
             job.lock()
         job.check_facts(self._facts())
         self.job = job
-        self.executor = make_executor(self.job, self.source, self.device, config.num_gpus)
+        self.reader = PrefetchingFolder(folder, self.source.base_prefix, pin=self.device.type == "cuda")
+        self.executor = make_executor(self.job, self.reader, self.device, config.num_gpus)
         self.figures = {name: self.job.figures(name) or {} for name in done}
 
     # -- before any work ------------------------------------------------------------------------------------------------
@@ -208,6 +214,7 @@ class _Run:
             self._quantize_blocks()
         finally:
             self.executor.close()
+            self.reader.close()
         self._write_checkpoints()
         perplexities = self._evaluate()
         return self._conclude(perplexities)
@@ -257,7 +264,7 @@ class _Run:
         runner, states = None, None
         if self.tokens is not None:
             self.progress.phase("calibrating")
-            runner = BlockRunner(self.skeleton, self.source, self.device, self.dtype)
+            runner = BlockRunner(self.skeleton, self.reader, self.device, self.dtype)
             states = runner.embed(token_batches(self.tokens.tokens))
         for block in range(len(self.skeleton.blocks)):
             fresh: list[Hessian] = []
@@ -277,6 +284,8 @@ class _Run:
         with watching:
             runner.run_block_(block, states, lambda: self.progress.advance(units))
         runner.unload_block(block)
+        if block < self.last_forward_block:
+            self.reader.prefetch(runner.block_parameters(block + 1))
         fresh = watcher.collect()
         if self.store is not None and self.tokens is not None:
             calibration = self.config.calibration

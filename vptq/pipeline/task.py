@@ -1,18 +1,22 @@
-"""Quantize one linear as a task of its own: weight from its file, Hessian, settings in; a finished work file out."""
+"""Quantize linears as a task of their own: weights from files, Hessians, settings in; finished work files out."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vptq.backend import use_kernels
 from vptq.checkpoint.names import to_tensors
-from vptq.models.stream import FolderSource
+from vptq.models.stream import TensorSource
 from vptq.pipeline.job import Job
 from vptq.pipeline.plan import LinearPlan
-from vptq.quantize.linear import quantize_linear
+from vptq.quantize.linear import LinearInput, quantize_linears
+
+BATCH_VECTORS = 1 << 20  # about what fills a large GPU
 
 
 @dataclass(frozen=True)
@@ -23,23 +27,62 @@ class LinearTask:
     dtype: torch.dtype
 
 
-def run_task(
-    task: LinearTask, source: FolderSource, hessian: Tensor, job: Job, device: torch.device, worker: int
-) -> dict[str, Any]:
-    """Quantize, save, log; returns the figures (see `LinearReport`, with shape and stored bits)."""
-    plan = task.plan
-    weight = source.get(f"{plan.name}.weight").to(device)
-    quantized, report = quantize_linear(weight, hessian.to(device), plan.config, name=plan.name, storage_dtype=task.dtype)
-    figures = {
-        "name": plan.name,
-        "shape": [plan.info.out_features, plan.info.in_features],
-        "bits": plan.bits.stored / plan.bits.num_weights,
-        **asdict(report),
-        "kmeans_iterations": list(report.kmeans_iterations),
-    }
-    job.save_linear(plan.name, to_tensors(quantized, plan.layer, task.dtype), figures)
-    job.log(log_line(figures), worker)
-    return figures
+@dataclass(frozen=True)
+class Finished:
+    """A quantized linear on its way to disk: stored tensors, on the CPU, and figures."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    figures: dict[str, Any]
+
+
+def make_batches(tasks: list[LinearTask], device: torch.device) -> list[list[LinearTask]]:
+    """Tasks that are quantized together: of one shape and setting, where kernels can fill the GPU only so."""
+    if not use_kernels(device):
+        return [[task] for task in tasks]
+    batches: dict[Any, list[list[LinearTask]]] = {}
+    for task in tasks:
+        info, vectors = task.plan.info, task.plan.layer.geometry.num_vectors
+        alike = batches.setdefault((info.out_features, info.in_features, task.plan.config, task.dtype), [[]])
+        if alike[-1] and vectors * (len(alike[-1]) + 1) > BATCH_VECTORS:
+            alike.append([])
+        alike[-1].append(task)
+    return [batch for alike in batches.values() for batch in alike]
+
+
+def quantize_batch(
+    tasks: list[LinearTask], source: TensorSource, hessians: Mapping[str, Tensor], device: torch.device
+) -> list[Finished]:
+    """Quantize linears of one shape and setting. hessians: by suffix, (in_features, in_features) float32."""
+    inputs = [
+        LinearInput(
+            task.plan.name,
+            source.get(f"{task.plan.name}.weight").to(device, non_blocking=True),
+            hessians[task.plan.info.suffix].to(device),
+        )
+        for task in tasks
+    ]
+    found = quantize_linears(inputs, tasks[0].plan.config, storage_dtype=tasks[0].dtype)
+    finished = []
+    for task, (quantized, report) in zip(tasks, found, strict=True):
+        plan = task.plan
+        figures = {
+            "name": plan.name,
+            "shape": [plan.info.out_features, plan.info.in_features],
+            "bits": plan.bits.stored / plan.bits.num_weights,
+            **asdict(report),
+            "kmeans_iterations": list(report.kmeans_iterations),
+        }
+        tensors = {key: tensor.cpu() for key, tensor in to_tensors(quantized, plan.layer, task.dtype).items()}
+        finished.append(Finished(plan.name, tensors, figures))
+    return finished
+
+
+def keep(finished: Finished, job: Job, worker: int) -> dict[str, Any]:
+    """Save and log one linear; returns its figures (see `LinearReport`, with shape and stored bits)."""
+    job.save_linear(finished.name, finished.tensors, finished.figures)
+    job.log(log_line(finished.figures), worker)
+    return finished.figures
 
 
 def log_line(figures: dict[str, Any]) -> str:

@@ -5,12 +5,13 @@ Workers read weights and Hessians from files; only names and settings go through
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from vptq.errors import RunError, UsageError
 from vptq.models.files import save_tensors
+from vptq.models.prefetch import PrefetchingFolder
 from vptq.models.stream import FolderSource
 from vptq.pipeline.job import Job
-from vptq.pipeline.task import LinearTask, run_task
+from vptq.pipeline.task import LinearTask, keep, make_batches, quantize_batch
 
 
 class Executor(Protocol):
@@ -35,17 +37,27 @@ class Executor(Protocol):
 
 
 class InProcess:
-    """One task after the other, here."""
+    """One batch of tasks after the other, here; files are read ahead and written behind."""
 
-    def __init__(self, job: Job, source: FolderSource, device: torch.device) -> None:
+    def __init__(self, job: Job, source: PrefetchingFolder, device: torch.device) -> None:
         self.job, self.source, self.device = job, source, device
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
 
     def run(self, tasks: list[LinearTask], hessians: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
-        for task in tasks:
-            yield run_task(task, self.source, hessians[task.plan.info.suffix], self.job, self.device, worker=0)
+        batches = make_batches(tasks, self.device)
+        writing: list[Future[dict[str, Any]]] = []
+        for number, batch in enumerate(batches):
+            following = batches[number + 1 : number + 2]
+            self.source.prefetch(f"{task.plan.name}.weight" for task in itertools.chain(*following))
+            finished = quantize_batch(batch, self.source, hessians, self.device)
+            for written in writing:
+                yield written.result()
+            writing = [self.writer.submit(keep, linear, self.job, 0) for linear in finished]
+        for written in writing:
+            yield written.result()
 
     def close(self) -> None:
-        pass
+        self.writer.shutdown()
 
 
 class Processes:
@@ -59,7 +71,7 @@ class Processes:
         gpus = torch.cuda.device_count() if device.type == "cuda" else 0
         threads = max(1, (os.cpu_count() or 1) // count)
         setup = (numbers, gpus, threads, job.folder, source.folder, source.base_prefix)
-        self.folder = job.folder
+        self.folder, self.device = job.folder, device
         for left in job.folder.glob("hessians-*"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         self.pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker, initargs=setup)
@@ -67,11 +79,12 @@ class Processes:
     def run(self, tasks: list[LinearTask], hessians: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="hessians-") as shared:
             files = _share(Path(shared), hessians)
-            costly_first = sorted(tasks, key=lambda t: -t.plan.bits.num_weights)
-            futures = [self.pool.submit(_run_in_worker, task, files[task.plan.info.suffix]) for task in costly_first]
+            batches = make_batches(tasks, self.device)
+            costly_first = sorted(batches, key=lambda batch: -sum(task.plan.bits.num_weights for task in batch))
+            futures = [self.pool.submit(_run_in_worker, batch, files) for batch in costly_first]
             try:
                 for future in as_completed(futures):
-                    yield future.result()
+                    yield from future.result()
             except BrokenProcessPool:
                 raise RunError(
                     "a worker process died (killed, or out of memory)",
@@ -89,7 +102,7 @@ def check_workers(device: torch.device, num_gpus: int) -> None:
         raise UsageError(f"num_gpus is {num_gpus}, there are {available} GPUs", hint=f"set --num_gpus {available}")
 
 
-def make_executor(job: Job, source: FolderSource, device: torch.device, num_gpus: int) -> Executor:
+def make_executor(job: Job, source: PrefetchingFolder, device: torch.device, num_gpus: int) -> Executor:
     """This process where one worker is asked for, else a process for each."""
     return InProcess(job, source, device) if num_gpus == 1 else Processes(job, source, device, num_gpus)
 
@@ -121,6 +134,9 @@ def _start_worker(numbers: Any, gpus: int, threads: int, run_folder: Path, model
     _worker.update(number=number, device=device, job=job, source=FolderSource(model_folder, prefix))
 
 
-def _run_in_worker(task: LinearTask, hessian_file: Path) -> dict[str, Any]:
-    hessian = load_file(hessian_file)["hessian"]
-    return run_task(task, _worker["source"], hessian, _worker["job"], _worker["device"], _worker["number"])
+def _run_in_worker(batch: list[LinearTask], files: Mapping[str, Path]) -> list[dict[str, Any]]:
+    suffixes = {task.plan.info.suffix for task in batch}
+    loaded = {file: load_file(file)["hessian"] for file in {files[suffix] for suffix in suffixes}}
+    hessians = {suffix: loaded[files[suffix]] for suffix in suffixes}
+    finished = quantize_batch(batch, _worker["source"], hessians, _worker["device"])
+    return [keep(linear, _worker["job"], _worker["number"]) for linear in finished]
