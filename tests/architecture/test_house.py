@@ -43,7 +43,7 @@ INSIDE = {  # order of files within a room, from the street up
     ],
     "nn": ["packing", "reference", "vquant_linear", "replace"],
     "checkpoint": ["names", "writer", "reader", "transformers_bridge"],
-    "pipeline": ["progress", "evaluate", "plan", "cost", "job", "task", "workers", "run"],
+    "pipeline": ["progress", "evaluate", "plan", "cost", "job", "outcome", "task", "workers", "run"],
     "cli": ["options", "show", "quantize", "eval_ppl", "bits", "main"],
 }
 TORCH_FREE = ["errors", "config", "geometry", "layer_config", "bits", "models.headers", "models.shapes"]

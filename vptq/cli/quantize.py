@@ -12,7 +12,7 @@ from vptq.config import HUB_NAMES, CalibrationConfig, LinearConfig, QuantConfig
 from vptq.errors import INTERRUPTED_EXIT_CODE, UsageError, VptqError
 
 if TYPE_CHECKING:
-    from vptq.pipeline.run import RunResult
+    from vptq.pipeline.outcome import RunResult
 
 EXAMPLES = """\
   vptq quantize                                    the demo model in the package, offline

@@ -9,13 +9,12 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vptq.bits import ModelBits, checkpoint_bits
+from vptq.bits import checkpoint_bits
 from vptq.calibration.hessian import BlockHessians, Hessian
 from vptq.calibration.hessian_store import HessianStore, label_of
 from vptq.checkpoint.reader import DequantizedSource, is_packed, packed_tensors
@@ -35,27 +34,11 @@ from vptq.nn.reference import dequantize_packed
 from vptq.pipeline.cost import forward_units, hessian_units, linear_units
 from vptq.pipeline.evaluate import load_windows
 from vptq.pipeline.job import FREE_ON_RESUME, Job, check_resume
+from vptq.pipeline.outcome import RunResult, finished_result
 from vptq.pipeline.plan import LinearPlan, RunPlan, check_disk, make_plan
 from vptq.pipeline.progress import Progress, Silent
 from vptq.pipeline.task import LinearTask
 from vptq.pipeline.workers import check_workers, make_executor
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run gave.
-
-    Attributes:
-        folder: the run folder. figures: of every linear, in module order. bits: of the packed checkpoint, or as planned.
-        perplexities: (dataset, original, quantized). warnings: of the plan, and what was mended on the way.
-    """
-
-    folder: Path
-    figures: tuple[dict[str, Any], ...]
-    bits: ModelBits
-    perplexities: tuple[tuple[str, Perplexity, Perplexity], ...]
-    warnings: tuple[str, ...]
-    seconds: float
 
 
 def quantize_model(
@@ -78,7 +61,7 @@ def quantize_model(
         job = Job.load(resume)
         check_resume(job, given or {})
         if job.finished:
-            return _finished_result(job)
+            return finished_result(job)
         free = {name: value for name, value in (given or {}).items() if name in FREE_ON_RESUME}
         config = QuantConfig.from_flat(job.config.to_flat() | free)
     config.validate()
@@ -87,22 +70,6 @@ def quantize_model(
         return run.execute()
     finally:
         run.job.unlock()
-
-
-def _finished_result(job: Job) -> RunResult:
-    """What a finished run found, read back from its folder."""
-    packed = job.folder / "packed_model"
-    if not packed.exists():
-        raise UsageError(f"the run in `{job.folder}` is finished", hint="start a new run to get a packed checkpoint")
-    measured = job.perplexities()
-    context: dict[str, Any] = next((v for k, v in measured.items() if k.startswith("ctx_")), {})
-    perplexities = tuple(
-        (name, Perplexity.from_dict(found["original"]), Perplexity.from_dict(found["quantized"]))
-        for name, found in context.items()
-    )
-    figures = tuple(job.result_figures())
-    bits = checkpoint_bits(packed)
-    return RunResult(job.folder, figures, bits, perplexities, (), 0.0)
 
 
 class _Run:

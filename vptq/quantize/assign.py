@@ -23,17 +23,20 @@ def assign_nearest(vectors: Tensor, centroids: Tensor, weights: Tensor | None = 
     """
     half_norms = centroids.square() * -0.5
     if weights is None:
-        left, right, bias = vectors, centroids.T, half_norms.sum(1)
+        left = torch.cat([vectors, vectors.new_ones(len(vectors), 1)], 1)
+        right = torch.cat([centroids, half_norms.sum(1, keepdim=True)], 1).T
     else:
-        left, right = torch.cat([vectors * weights, weights], 1), torch.cat([centroids, half_norms], 1).T
-        bias = torch.zeros(len(centroids), device=vectors.device)
-    scores = GPU_CHUNK_SCORES if vectors.is_cuda else CPU_CHUNK_SCORES
-    chunk = max(1, scores // len(centroids))
-    if len(vectors) <= chunk:
-        return torch.addmm(bias, left, right).max(1).indices
+        left = torch.cat([vectors * weights, weights], 1)
+        right = torch.cat([centroids, half_norms], 1).T
+    most = GPU_CHUNK_SCORES if vectors.is_cuda else CPU_CHUNK_SCORES
+    chunk = max(1, min(most // len(centroids), len(vectors)))
+    scores = left.new_empty(chunk, len(centroids))  # written again and again: it stays in cache
+    best = left.new_empty(chunk)
     found = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
     for start in range(0, len(vectors), chunk):
-        found[start : start + chunk] = torch.addmm(bias, left[start : start + chunk], right).max(1).indices
+        count = min(chunk, len(vectors) - start)
+        torch.mm(left[start : start + count], right, out=scores[:count])
+        torch.max(scores[:count], 1, out=(best[:count], found[start : start + count]))
     return found
 
 
