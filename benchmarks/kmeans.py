@@ -45,6 +45,8 @@ def excess(vectors: torch.Tensor, weights: torch.Tensor, centroids: torch.Tensor
     """Weighted squared error of our assignment over that of an assignment in float64, minus one."""
     batch = VectorWeights(weights[None], vectors.new_zeros(1, 0, vectors.shape[1]))
     clusters = make_clusters(vectors[None], batch, len(centroids))
+    clusters.assign(centroids[None], [0])
+    centroids = clusters.means(centroids[None], [0])[0]
     found = clusters.nearest(centroids[None])[0, :CHECKED].long()
     reached = best = 0.0
     for start in range(0, CHECKED, 512):

@@ -80,7 +80,7 @@ class KernelClusters:
             part.centroids.fill(centroids, numbers, part.frame, part.layout)
             best_groups(part.rows, part.centroids, numbers, part.groups, part.layout)
             nearest_in_group(
-                part.vectors, part.weights, part.centroids, numbers, part.groups, part.far,
+                part.vectors, part.weights, centroids, part.centroids, numbers, part.groups, part.far,
                 self.assignments, self.errors, sums, part.layout, part.run.start,
             )  # fmt: skip
             for entry in active:

@@ -1,11 +1,12 @@
 """Vectors and centroids as short float16 rows whose inner product orders the centroids by distance.
 
-Nearest means the greatest x·c - ‖c‖²/2. Written as an inner product of 16 to 64 float16 numbers it is one step of the
-tensor cores. What keeps it exact enough (measured: at most 1e-5 more objective than float64, see docs/performance.md):
+Nearest means the greatest x·c - ‖c‖²/2. Written as an inner product of 16 to 64 float16 numbers it is one to four steps of
+the tensor cores. What keeps it exact enough (measured: at most 1e-5 more objective than float64, see docs/performance.md):
 
 - both sides are centred on the median and scaled by a power of two, so that differences use float16's range;
 - numbers that must be sharp are split in two float16 parts: ‖c‖²/2 always, vectors and centroids where they are short;
-- ‖x‖²/2 is taken off, so that scores near the winner are near zero, where a float16 sum is finest.
+- ‖x‖²/2 is taken off, so that scores near the winner are near zero, where a float16 sum is finest; and since sums are
+  rounded every 16 numbers, each run of 16 holds all that belongs to its elements: -‖x - c‖²/2 of those alone.
 
 A vector with a weight for every element has x·c replaced by (w x)·c and ‖c‖²/2 by w·(c²/2).
 """
@@ -24,6 +25,7 @@ from vptq.quantize.kernels.launch import num_programs
 USUAL_SIZE = 3.0  # scaled vectors have elements of about this size
 SAMPLE = 1 << 16  # vectors that centre and scale are taken from
 FAR_NORM = 240.0  # half its square still fits float16
+RUN = 16  # numbers that the tensor cores take in one step
 LANES = 128  # centroids of one tile of the product
 NEVER = -60000.0  # a score that loses
 
@@ -35,7 +37,7 @@ class Layout:
     Attributes:
         vector_len: v. weighted: whether every element has a weight.
         split: whether vectors and centroids are split into two parts each.
-        width: numbers a row, 16, 32, 64.
+        elements: elements that share a run of 16 numbers. width: numbers a row, 16, 32, 64.
         num_centroids: k. tiles: tiles of `LANES` centroids that one running maximum covers.
         supers: runs of `tiles` tiles.
     """
@@ -43,6 +45,7 @@ class Layout:
     vector_len: int
     weighted: bool
     split: bool
+    elements: int
     width: int
     num_centroids: int
     tiles: int
@@ -68,16 +71,18 @@ def choose_layout(vector_len: int, num_centroids: int, weighted: bool) -> Layout
     Args:
         vector_len: 1 to 16.
     """
-    if weighted:
-        width = 16 if vector_len <= 2 else 32 if vector_len <= 10 else 64
-        split = 5 * vector_len + 2 <= width
-    else:
-        width = 16 if vector_len <= 12 else 32
-        split = 3 * vector_len + 4 <= width
+    if weighted:  # three numbers an element, five if split, and two more
+        split = vector_len <= 6
+        elements = 2 if split else 4
+    else:  # one number an element, three if split, and four more
+        split = vector_len <= 4
+        elements = 4 if split else 12 if vector_len <= 12 else 8
+    runs = -(-vector_len // elements)
+    width = RUN << (runs - 1).bit_length()
     tiles = -(-num_centroids // LANES)
     most = 32 if tiles >= 128 else 16
     run = next(run for run in (32, 16, 8, 4, 2, 1) if run <= most and (run == 1 or -(-tiles // run) * run <= 1.07 * tiles))
-    return Layout(vector_len, weighted, split, width, num_centroids, run, -(-tiles // run))
+    return Layout(vector_len, weighted, split, elements, width, num_centroids, run, -(-tiles // run))
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,8 @@ def vector_rows(vectors: Tensor, weights: Tensor | None, frame: Frame, layout: L
     block = 256
     _vector_rows[(num_programs(count, block), batch)](
         vectors, weights, frame.centre, frame.scale, rows, far, count,
-        VECTOR_LEN=vector_len, WIDTH=layout.width, WEIGHTED=layout.weighted, SPLIT=layout.split, FAR=FAR_NORM, BLOCK=block,
+        VECTOR_LEN=vector_len, WIDTH=layout.width, ELEMENTS=layout.elements, WEIGHTED=layout.weighted, SPLIT=layout.split,
+        FAR=FAR_NORM, BLOCK=block,
     )  # fmt: skip
     return rows, far
 
@@ -149,8 +155,9 @@ class CentroidRows:
         block = 128
         _centroid_rows[(num_programs(layout.padded, block), len(active))](
             centroids, active, frame.centre, frame.scale, self.rows, self.grouped, layout.num_centroids,
-            VECTOR_LEN=layout.vector_len, WIDTH=layout.width, WEIGHTED=layout.weighted, SPLIT=layout.split,
-            TILES=layout.tiles, PADDED=layout.padded, HALF_LANES=LANES // 2, FAR=FAR_NORM, NEVER=NEVER, BLOCK=block,
+            VECTOR_LEN=layout.vector_len, WIDTH=layout.width, ELEMENTS=layout.elements, WEIGHTED=layout.weighted,
+            SPLIT=layout.split, TILES=layout.tiles, PADDED=layout.padded, HALF_LANES=LANES // 2,
+            FAR=FAR_NORM, NEVER=NEVER, BLOCK=block,
         )  # fmt: skip
 
 
@@ -160,20 +167,23 @@ def _half(x):
     return x.to(tl.float16).to(tl.float32)
 
 
+# In a run of 16 numbers: parts of the elements, OF_X of them; then, of vectors, weights (twice) or two ones, and -‖x‖²/2 in
+# two parts; of centroids, -c²/2 of each element, or of all, in two parts, and two ones.
+
+
 @triton.jit
 def _vector_rows(
     x_ptr, w_ptr, centre_ptr, scale_ptr, rows_ptr, far_ptr, count,
-    VECTOR_LEN: tl.constexpr, WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, SPLIT: tl.constexpr, FAR: tl.constexpr,
-    BLOCK: tl.constexpr,
+    VECTOR_LEN: tl.constexpr, WIDTH: tl.constexpr, ELEMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SPLIT: tl.constexpr,
+    FAR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    OF_X: tl.constexpr = (3 if SPLIT else 1) * VECTOR_LEN
-    LAST: tl.constexpr = OF_X + (2 * VECTOR_LEN if WEIGHTED else 2)
+    OF_X: tl.constexpr = (3 if SPLIT else 1) * ELEMENTS
+    LAST: tl.constexpr = OF_X + (2 * ELEMENTS if WEIGHTED else 2)
     entry = tl.program_id(1)
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = number < count
     vector = entry.to(tl.int64) * count + number
     scale = tl.load(scale_ptr + entry)
-    out = rows_ptr + vector * WIDTH
     most = tl.zeros((BLOCK,), tl.float32)
     if WEIGHTED:
         for e in tl.static_range(VECTOR_LEN):
@@ -181,6 +191,8 @@ def _vector_rows(
     norm = tl.zeros((BLOCK,), tl.float32)
     square = tl.zeros((BLOCK,), tl.float32)
     for e in tl.static_range(VECTOR_LEN):
+        out = rows_ptr + vector * WIDTH + (e // ELEMENTS) * 16
+        place = e % ELEMENTS
         x = tl.load(x_ptr + vector * VECTOR_LEN + e, mask=inside, other=0.0)
         x = (x - tl.load(centre_ptr + entry * VECTOR_LEN + e)) * scale
         square += x * x
@@ -189,42 +201,42 @@ def _vector_rows(
             w = tl.load(w_ptr + vector * VECTOR_LEN + e, mask=inside, other=0.0)
             w = _half(tl.where(most > 0, w / tl.where(most > 0, most, 1.0), 0.0))
             scaled = w * x
-            tl.store(out + OF_X + e, w.to(tl.float16), mask=inside)
-            tl.store(out + OF_X + VECTOR_LEN + e, w.to(tl.float16), mask=inside)
-        norm += scaled * x
+            tl.store(out + OF_X + place, w.to(tl.float16), mask=inside)
+            tl.store(out + OF_X + ELEMENTS + place, w.to(tl.float16), mask=inside)
+        norm += -0.5 * scaled * x
         high = _half(scaled)
-        tl.store(out + e, high.to(tl.float16), mask=inside)
+        tl.store(out + place, high.to(tl.float16), mask=inside)
         if SPLIT:
-            tl.store(out + VECTOR_LEN + e, (scaled - high).to(tl.float16), mask=inside)
-            tl.store(out + 2 * VECTOR_LEN + e, high.to(tl.float16), mask=inside)
-    if not WEIGHTED:
-        one = tl.full((BLOCK,), 1.0, tl.float16)
-        tl.store(out + LAST - 2, one, mask=inside)
-        tl.store(out + LAST - 1, one, mask=inside)
-    norm = -0.5 * norm
-    high = _half(norm)
-    tl.store(out + LAST, high.to(tl.float16), mask=inside)
-    tl.store(out + LAST + 1, (norm - high).to(tl.float16), mask=inside)
+            tl.store(out + ELEMENTS + place, (scaled - high).to(tl.float16), mask=inside)
+            tl.store(out + 2 * ELEMENTS + place, high.to(tl.float16), mask=inside)
+        if e == VECTOR_LEN - 1 or place == ELEMENTS - 1:
+            if not WEIGHTED:
+                tl.store(out + LAST - 2, tl.full((BLOCK,), 1.0, tl.float16), mask=inside)
+                tl.store(out + LAST - 1, tl.full((BLOCK,), 1.0, tl.float16), mask=inside)
+            top = _half(norm)
+            tl.store(out + LAST, top.to(tl.float16), mask=inside)
+            tl.store(out + LAST + 1, (norm - top).to(tl.float16), mask=inside)
+            norm = tl.zeros((BLOCK,), tl.float32)
     tl.store(far_ptr + vector, square > FAR * FAR, mask=inside)
 
 
 @triton.jit
 def _centroid_rows(
     c_ptr, active_ptr, centre_ptr, scale_ptr, rows_ptr, grouped_ptr, num_centroids,
-    VECTOR_LEN: tl.constexpr, WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr,
-    PADDED: tl.constexpr, HALF_LANES: tl.constexpr, FAR: tl.constexpr, NEVER: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR_LEN: tl.constexpr, WIDTH: tl.constexpr, ELEMENTS: tl.constexpr, WEIGHTED: tl.constexpr, SPLIT: tl.constexpr,
+    TILES: tl.constexpr, PADDED: tl.constexpr, HALF_LANES: tl.constexpr, FAR: tl.constexpr, NEVER: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    OF_X: tl.constexpr = (3 if SPLIT else 1) * VECTOR_LEN
-    LAST: tl.constexpr = OF_X + (2 * VECTOR_LEN if WEIGHTED else 2)
+    OF_X: tl.constexpr = (3 if SPLIT else 1) * ELEMENTS
+    LAST: tl.constexpr = OF_X + (2 * ELEMENTS if WEIGHTED else 2)
+    GROUP: tl.constexpr = 2 * TILES
     entry = tl.load(active_ptr + tl.program_id(1))
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = number < num_centroids
-    GROUP: tl.constexpr = 2 * TILES
     group = number // GROUP
     tile = (group // HALF_LANES) * TILES + (number % GROUP) // 2
-    place = (tile * HALF_LANES + group % HALF_LANES) * 2 + number % 2
+    position = (tile * HALF_LANES + group % HALF_LANES) * 2 + number % 2
     scale = tl.load(scale_ptr + entry)
-    out = rows_ptr + (entry.to(tl.int64) * PADDED + place) * WIDTH
     grouped = grouped_ptr + (entry.to(tl.int64) * PADDED + group * GROUP) * VECTOR_LEN + number % GROUP
     source = c_ptr + (entry.to(tl.int64) * num_centroids + number) * VECTOR_LEN
     square = tl.zeros((BLOCK,), tl.float32)
@@ -233,31 +245,33 @@ def _centroid_rows(
         square += c * c
     usable = real & (square <= FAR * FAR)
     norm = tl.zeros((BLOCK,), tl.float32)
-    one = tl.full((BLOCK,), 1.0, tl.float16)
     for e in tl.static_range(VECTOR_LEN):
+        out = rows_ptr + (entry.to(tl.int64) * PADDED + position) * WIDTH + (e // ELEMENTS) * 16
+        place = e % ELEMENTS
         original = tl.load(source + e, mask=real, other=1e18)
         tl.store(grouped + e * GROUP, original)
         c = (original - tl.load(centre_ptr + entry * VECTOR_LEN + e)) * scale
         c = tl.where(usable, c, 0.0)
         high = _half(c)
         kept = high
-        tl.store(out + e, high.to(tl.float16))
+        tl.store(out + place, high.to(tl.float16))
         if SPLIT:
             low = _half(c - high)
             kept = high + low
-            tl.store(out + VECTOR_LEN + e, high.to(tl.float16))
-            tl.store(out + 2 * VECTOR_LEN + e, low.to(tl.float16))
-        half_square = -0.5 * kept * kept
-        norm += half_square
+            tl.store(out + ELEMENTS + place, high.to(tl.float16))
+            tl.store(out + 2 * ELEMENTS + place, low.to(tl.float16))
         if WEIGHTED:
-            half_square = tl.where(usable, half_square, NEVER)
+            half_square = tl.where(usable, -0.5 * kept * kept, NEVER)
             top = _half(half_square)
-            tl.store(out + OF_X + e, top.to(tl.float16))
-            tl.store(out + OF_X + VECTOR_LEN + e, (half_square - top).to(tl.float16))
-    if not WEIGHTED:
-        norm = tl.where(usable, norm, NEVER)
-        top = _half(norm)
-        tl.store(out + LAST - 2, top.to(tl.float16))
-        tl.store(out + LAST - 1, (norm - top).to(tl.float16))
-    tl.store(out + LAST, one)
-    tl.store(out + LAST + 1, one)
+            tl.store(out + OF_X + place, top.to(tl.float16))
+            tl.store(out + OF_X + ELEMENTS + place, (half_square - top).to(tl.float16))
+        norm += -0.5 * kept * kept
+        if e == VECTOR_LEN - 1 or place == ELEMENTS - 1:
+            if not WEIGHTED:
+                norm = tl.where(usable, norm, NEVER)
+                top = _half(norm)
+                tl.store(out + LAST - 2, top.to(tl.float16))
+                tl.store(out + LAST - 1, (norm - top).to(tl.float16))
+            tl.store(out + LAST, tl.full((BLOCK,), 1.0, tl.float16))
+            tl.store(out + LAST + 1, tl.full((BLOCK,), 1.0, tl.float16))
+            norm = tl.zeros((BLOCK,), tl.float32)

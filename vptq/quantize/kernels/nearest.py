@@ -38,7 +38,8 @@ def best_groups(rows: Tensor, centroids: CentroidRows, active: Tensor, groups: T
 def nearest_in_group(
     vectors: Tensor,
     weights: Tensor,
-    centroids: CentroidRows,
+    centroids: Tensor,
+    rows: CentroidRows,
     active: Tensor,
     groups: Tensor,
     far: Tensor,
@@ -52,9 +53,10 @@ def nearest_in_group(
 
     Args:
         vectors: (B, n, v) float32. weights: (B, n) float32, or (B, n, v) where the layout is weighted.
+        centroids: (B, k, v) float32, as they are in `rows`.
         far: (B, n) bool; such vectors are left to the caller.
-        assignments: (B, total) int32, errors: (B, total) float32, the weighted squared distance; written from column
-            `first` on.
+        assignments: (B, total) int32, any centroids, kept where they are nearer than what is found. errors: (B, total)
+            float32, the weighted squared distance. Both are written from column `first` on.
     """
     _, count, vector_len = vectors.shape
     products = totals = steps = None
@@ -62,7 +64,7 @@ def nearest_in_group(
         products, steps = sums.products, sums.steps
         totals = sums.element_totals if layout.weighted else sums.totals
     _nearest_in_group[(num_programs(count, REFINE_ROWS), len(active))](
-        vectors, weights, centroids.grouped, active, groups, far, assignments, errors,
+        vectors, weights, centroids, rows.grouped, active, groups, far, assignments, errors,
         products, totals, steps, sums.copies if sums is not None else 1,
         count, layout.num_centroids, assignments.shape[1], first,
         VECTOR_LEN=vector_len, GROUP=layout.group, PADDED=layout.padded, WEIGHTED=layout.weighted, SUMS=sums is not None,
@@ -145,7 +147,7 @@ def _best_groups(
 
 @triton.jit
 def _nearest_in_group(
-    x_ptr, w_ptr, grouped_ptr, active_ptr, groups_ptr, far_ptr, assignments_ptr, errors_ptr,
+    x_ptr, w_ptr, c_ptr, grouped_ptr, active_ptr, groups_ptr, far_ptr, assignments_ptr, errors_ptr,
     sums_ptr, totals_ptr, steps_ptr, copies,
     count, num_centroids, total, first,
     VECTOR_LEN: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, WEIGHTED: tl.constexpr, SUMS: tl.constexpr,
@@ -172,6 +174,19 @@ def _nearest_in_group(
     # A vector without weight is as near to the room behind the last centroid as to any.
     nearest = tl.minimum(group * GROUP + member_number, num_centroids - 1)
     place = entry * total + first + number
+    # Where the first pass was wrong, the last centroid may be the nearer one still: so that the objective never rises.
+    last = tl.load(assignments_ptr + place, mask=near, other=0)
+    last_error = tl.zeros((ROWS,), tl.float32)
+    for e in tl.static_range(VECTOR_LEN):
+        x = tl.load(x_ptr + vector * VECTOR_LEN + e, mask=near, other=0.0)
+        apart = x - tl.load(c_ptr + (entry * num_centroids + last) * VECTOR_LEN + e, mask=near, other=0.0)
+        if WEIGHTED:
+            w = tl.load(w_ptr + vector * VECTOR_LEN + e, mask=near, other=0.0)
+            last_error += w * (apart * apart)
+        else:
+            last_error += apart * apart
+    nearest = tl.where(last_error < error, last, nearest)
+    error = tl.minimum(error, last_error)
     weight = tl.full((ROWS,), 1.0, tl.float32)
     if not WEIGHTED:
         weight = tl.load(w_ptr + vector, mask=near, other=0.0)

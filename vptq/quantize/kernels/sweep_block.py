@@ -123,7 +123,8 @@ def _constants(stages: list[Stage], width: int, columns: int) -> dict[str, objec
     main, residual = stages[0].layout, stages[-1].layout
     return {
         "VECTOR_LEN": main.vector_len, "WIDTH": width, "COLUMNS": triton.next_power_of_2(columns), "ROWS": ROWS,
-        "FEATURES": main.width, "SPLIT": main.split, "TILES": main.tiles, "RESIDUAL_TILES": residual.tiles,
+        "FEATURES": main.width, "ELEMENTS": main.elements, "SPLIT": main.split, "TILES": main.tiles,
+        "RESIDUAL_TILES": residual.tiles,
         "RESIDUAL": len(stages) > 1, "LANES": LANES, "PACKED": packed_maximum(), "NOTHING": MINUS_INFINITY_TWICE,
         "FAR": FAR_NORM,
     }  # fmt: skip
@@ -131,15 +132,15 @@ def _constants(stages: list[Stage], width: int, columns: int) -> dict[str, objec
 
 @triton.jit
 def _features(
-    x, scratch, centre_ptr, scale, VECTOR_LEN: tl.constexpr, WIDTH: tl.constexpr, FEATURES: tl.constexpr, SPLIT: tl.constexpr,
-    ROWS: tl.constexpr,
+    x, scratch, centre_ptr, scale, VECTOR_LEN: tl.constexpr, WIDTH: tl.constexpr, FEATURES: tl.constexpr,
+    ELEMENTS: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """x (ROWS, WIDTH) as float16 rows, as in `features.vector_rows`, and their squared norms. x is in `scratch` too."""
     row, element, column = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, FEATURES)
-    PARTS: tl.constexpr = 3 if SPLIT else 1
-    LAST: tl.constexpr = PARTS * VECTOR_LEN + 2
-    part, source = column // VECTOR_LEN, column % VECTOR_LEN
-    of_x = column < PARTS * VECTOR_LEN
+    OF_X: tl.constexpr = (3 if SPLIT else 1) * ELEMENTS
+    run, place = column // 16, column % 16
+    part, source = place // ELEMENTS, run * ELEMENTS + place % ELEMENTS
+    of_x = (place < OF_X) & (source < VECTOR_LEN)
     values = tl.load(scratch + row[:, None] * WIDTH + source[None, :], mask=of_x[None, :], other=0.0, volatile=True)
     values = (values - tl.load(centre_ptr + source, mask=of_x, other=0.0)[None, :]) * scale
     high = values.to(tl.float16).to(tl.float32)
@@ -147,13 +148,16 @@ def _features(
         high = tl.where((part == 1)[None, :], values - high, high)
     real = element < VECTOR_LEN
     centred = (x - tl.load(centre_ptr + element, mask=real, other=0.0)[None, :]) * scale
-    square = tl.sum(tl.where(real[None, :], centred * centred, 0.0), 1)
-    norm = -0.5 * square
-    norm_high = norm.to(tl.float16).to(tl.float32)
-    rest = tl.where((column == LAST)[None, :], norm_high[:, None], 0.0)
-    rest = tl.where((column == LAST + 1)[None, :], (norm - norm_high)[:, None], rest)
-    rest = tl.where((column < LAST)[None, :], 1.0, rest)
-    return tl.where(of_x[None, :], high, rest).to(tl.float16), square
+    squares = tl.where(real[None, :], centred * centred, 0.0)
+    features = tl.where(of_x[None, :], high, 0.0)
+    for number in tl.static_range((VECTOR_LEN + ELEMENTS - 1) // ELEMENTS):
+        norm = -0.5 * tl.sum(tl.where((element // ELEMENTS == number)[None, :], squares, 0.0), 1)
+        top = norm.to(tl.float16).to(tl.float32)
+        here = run == number
+        features = tl.where((here & (place >= OF_X) & (place < OF_X + 2))[None, :], 1.0, features)
+        features = tl.where((here & (place == OF_X + 2))[None, :], top[:, None], features)
+        features = tl.where((here & (place == OF_X + 3))[None, :], (norm - top)[:, None], features)
+    return features.to(tl.float16), tl.sum(squares, 1)
 
 
 @triton.jit
@@ -174,8 +178,9 @@ def _nearest_of_group(
 @triton.jit
 def _search(
     x, scratch, rows_ptr, grouped_ptr, centre_ptr, scale_ptr, num_centroids, supers, entry,
-    VECTOR_LEN: tl.constexpr, WIDTH: tl.constexpr, FEATURES: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr, PACKED: tl.constexpr, NOTHING: tl.constexpr, FAR: tl.constexpr,
+    VECTOR_LEN: tl.constexpr, WIDTH: tl.constexpr, FEATURES: tl.constexpr, ELEMENTS: tl.constexpr,
+    SPLIT: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, PACKED: tl.constexpr,
+    NOTHING: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Index of the nearest centroid of each row of x (ROWS, WIDTH); the first of equals. `entry`: which set of centroids."""
     GROUP: tl.constexpr = 2 * TILES
@@ -186,7 +191,16 @@ def _search(
     tl.store(scratch + row[:, None] * WIDTH + element[None, :], x)
     tl.debug_barrier()
     features, square = _features(
-        x, scratch, centre_ptr + entry * VECTOR_LEN, tl.load(scale_ptr + entry), VECTOR_LEN, WIDTH, FEATURES, SPLIT, ROWS
+        x,
+        scratch,
+        centre_ptr + entry * VECTOR_LEN,
+        tl.load(scale_ptr + entry),
+        VECTOR_LEN,
+        WIDTH,
+        FEATURES,
+        ELEMENTS,
+        SPLIT,
+        ROWS,
     )
     MANY: tl.constexpr = TILES if TILES < 4 else 4
     rows_ptr += entry * padded * FEATURES
@@ -211,8 +225,8 @@ def _sweep_out(
     rows2_ptr, grouped2_ptr, book2_ptr, centre2_ptr, scale2_ptr, index2_ptr, num_centroids2, supers2,
     out_features, in_features, start, end, index_start, full, full_programs,
     VECTOR_LEN: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
-    SPLIT: tl.constexpr, TILES: tl.constexpr, RESIDUAL_TILES: tl.constexpr, RESIDUAL: tl.constexpr, LANES: tl.constexpr,
-    PACKED: tl.constexpr, NOTHING: tl.constexpr, FAR: tl.constexpr,
+    ELEMENTS: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr, RESIDUAL_TILES: tl.constexpr, RESIDUAL: tl.constexpr,
+    LANES: tl.constexpr, PACKED: tl.constexpr, NOTHING: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     program, linear = tl.program_id(0), tl.program_id(1).to(tl.int64)
     scratch += (linear * tl.num_programs(0) + program) * (ROWS * WIDTH)
@@ -239,7 +253,7 @@ def _sweep_out(
         x = tl.reshape(tl.sum(tl.where((column == j)[None, :], block, 0.0), 1), (ROWS, WIDTH))
         found = _search(
             x, scratch, rows_ptr, grouped_ptr, centre_ptr, scale_ptr, num_centroids, supers, entry,
-            VECTOR_LEN, WIDTH, FEATURES, SPLIT, TILES, ROWS, LANES, PACKED, NOTHING, FAR,
+            VECTOR_LEN, WIDTH, FEATURES, ELEMENTS, SPLIT, TILES, ROWS, LANES, PACKED, NOTHING, FAR,
         )  # fmt: skip
         place = (linear * index_rows + vector) * index_columns + index_start + j
         tl.store(index_ptr + place, found, mask=vector < limit)
@@ -248,7 +262,7 @@ def _sweep_out(
         if RESIDUAL:
             found = _search(
                 x, scratch, rows2_ptr, grouped2_ptr, centre2_ptr, scale2_ptr, num_centroids2, supers2, entry,
-                VECTOR_LEN, WIDTH, FEATURES, SPLIT, RESIDUAL_TILES, ROWS, LANES, PACKED, NOTHING, FAR,
+                VECTOR_LEN, WIDTH, FEATURES, ELEMENTS, SPLIT, RESIDUAL_TILES, ROWS, LANES, PACKED, NOTHING, FAR,
             )  # fmt: skip
             tl.store(index2_ptr + place, found, mask=vector < limit)
             book = book2_ptr + (linear * num_centroids2 + found)[:, None] * VECTOR_LEN + element[None, :]
@@ -267,8 +281,8 @@ def _sweep_in(
     rows2_ptr, grouped2_ptr, book2_ptr, centre2_ptr, scale2_ptr, index2_ptr, num_centroids2, supers2,
     out_features, in_features, start, end, index_start, tiles,
     VECTOR_LEN: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
-    SPLIT: tl.constexpr, TILES: tl.constexpr, RESIDUAL_TILES: tl.constexpr, RESIDUAL: tl.constexpr, LANES: tl.constexpr,
-    PACKED: tl.constexpr, NOTHING: tl.constexpr, FAR: tl.constexpr,
+    ELEMENTS: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr, RESIDUAL_TILES: tl.constexpr, RESIDUAL: tl.constexpr,
+    LANES: tl.constexpr, PACKED: tl.constexpr, NOTHING: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     program, linear = tl.program_id(0), tl.program_id(1).to(tl.int64)
     scratch += (linear * tl.num_programs(0) + program) * (ROWS * WIDTH)
@@ -293,7 +307,7 @@ def _sweep_in(
         found = _search(
             tl.sum(left[:, :, None] * inverse[None, :, :], 1),
             scratch, rows_ptr, grouped_ptr, centre_ptr, scale_ptr, num_centroids, supers, entry,
-            VECTOR_LEN, WIDTH, FEATURES, SPLIT, TILES, ROWS, LANES, PACKED, NOTHING, FAR,
+            VECTOR_LEN, WIDTH, FEATURES, ELEMENTS, SPLIT, TILES, ROWS, LANES, PACKED, NOTHING, FAR,
         )  # fmt: skip
         place = (linear * index_rows + row) * index_columns + index_start + tile
         tl.store(index_ptr + place, found, mask=valid)
@@ -303,7 +317,7 @@ def _sweep_in(
             found = _search(
                 tl.sum(left[:, :, None] * inverse[None, :, :], 1),
                 scratch, rows2_ptr, grouped2_ptr, centre2_ptr, scale2_ptr, num_centroids2, supers2, entry,
-                VECTOR_LEN, WIDTH, FEATURES, SPLIT, RESIDUAL_TILES, ROWS, LANES, PACKED, NOTHING, FAR,
+                VECTOR_LEN, WIDTH, FEATURES, ELEMENTS, SPLIT, RESIDUAL_TILES, ROWS, LANES, PACKED, NOTHING, FAR,
             )  # fmt: skip
             tl.store(index2_ptr + place, found, mask=valid)
             book = book2_ptr + (linear * num_centroids2 + found)[:, None] * VECTOR_LEN + element[None, :]
