@@ -72,6 +72,7 @@ def quantize_batch(
             "bits": plan.bits.stored / plan.bits.num_weights,
             **asdict(report),
             "kmeans_iterations": list(report.kmeans_iterations),
+            "kmeans_objectives": list(report.kmeans_objectives),
         }
         tensors = {key: tensor.cpu() for key, tensor in to_tensors(quantized, plan.layer, task.dtype).items()}
         finished.append(Finished(plan.name, tensors, figures))
@@ -86,7 +87,7 @@ def keep(finished: Finished, job: Job, worker: int) -> dict[str, Any]:
 
 
 def log_line(figures: dict[str, Any]) -> str:
-    """One line for a linear: shape, bits, errors by stage, seconds, and damping where it had to be raised."""
+    """One line for a linear: shape, bits, errors by stage, k-means iterations, seconds, and damping where it had to be raised."""
     out_features, in_features = figures["shape"]
     residual = "" if figures["error_residual"] is None else f"  residual {figures['error_residual']:.5f}"
     retries = figures["damping_retries"]
@@ -94,5 +95,5 @@ def log_line(figures: dict[str, Any]) -> str:
     return (
         f"{figures['name']}  {out_features}x{in_features}  {figures['bits']:.3f} bits  "
         f"proxy error: k-means {figures['error_kmeans']:.5f}  sweep {figures['error_sweep']:.5f}{residual}  "
-        f"{figures['seconds']:.1f} s{damping}"
+        f"k-means iterations {' '.join(map(str, figures['kmeans_iterations']))}  {figures['seconds']:.2f} s{damping}"
     )

@@ -14,7 +14,7 @@ from vptq.config import LinearConfig
 from vptq.errors import NumericalError, UsageError, VptqError
 from vptq.geometry import Geometry, plan_geometry
 from vptq.quantize.codebook import store_codebook
-from vptq.quantize.kmeans import batched_kmeans
+from vptq.quantize.kmeans import KMeansResult, batched_kmeans
 from vptq.quantize.layout import Normalisation, VectorWeights, importance_order, normalise, split_vectors, vector_weights
 from vptq.quantize.metric import InverseFactor, ProxyError, factor_inverse, scale_metric
 from vptq.quantize.result import Codebook, QuantizedWeight
@@ -31,6 +31,7 @@ class LinearReport:
         error_residual: with the residual stage too; None if off. error: what the stored weight has in the end.
         damping_frac, damping_retries: the damping used, and how often it had to be raised tenfold.
         kmeans_iterations: updates of each k-means, outliers first, then groups, then residual groups.
+        kmeans_objectives: weighted squared error each ended with, in the same order.
         seconds: wall time; of linears quantized together, an equal share.
     """
 
@@ -41,6 +42,7 @@ class LinearReport:
     damping_frac: float
     damping_retries: int
     kmeans_iterations: tuple[int, ...]
+    kmeans_objectives: tuple[float, ...]
     seconds: float
 
 
@@ -70,7 +72,7 @@ class Problem:
     normalisation: Normalisation | None
     measure: ProxyError
     generator: torch.Generator
-    iterations: list[int]  # of each k-means so far
+    fits: list[KMeansResult]  # every k-means so far
 
     def error(self, quantized: Tensor) -> float:
         """Proxy error of a quantized `weight`, back in original column order and scale."""
@@ -160,7 +162,8 @@ def _report(problem: Problem, error_kmeans: float, error_sweep: float, error_res
         error=error_sweep if error_residual is None else error_residual,
         damping_frac=problem.factor.damping_frac,
         damping_retries=problem.factor.retries,
-        kmeans_iterations=tuple(problem.iterations),
+        kmeans_iterations=tuple(fit.iterations for fit in problem.fits),
+        kmeans_objectives=tuple(fit.objective[-1] for fit in problem.fits),
         seconds=0.0,
     )
 
@@ -253,7 +256,7 @@ class _Codebooks:
         books = []
         for number, problem in enumerate(self.problems):
             own = found[number * len(runs) : (number + 1) * len(runs)]
-            problem.iterations.extend(result.iterations for result in own)
+            problem.fits.extend(replace(result, assignments=result.assignments[:0]) for result in own)
             centroids = torch.stack([result.centroids for result in own])
             books.append(store_codebook(centroids, self.config.bitwidth, self.config.bsize, self.storage_dtype))
         return books
