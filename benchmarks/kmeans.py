@@ -18,8 +18,9 @@ import torch
 
 from benchmarks.common import Ceilings, Timing, default_device, describe, measure_ceilings, show_table, timed, wait
 from vptq.backend import use_kernels
-from vptq.quantize.clusters import Clusters, PlainClusters, make_clusters
+from vptq.quantize.clusters import Clusters, make_clusters
 from vptq.quantize.layout import VectorWeights
+from vptq.quantize.plain_clusters import PlainClusters
 
 GPU_SHAPES = ["2097152x8x65536", "2796202x6x4096", "2097152x8x256"]
 CPU_SHAPES = ["221184x4x256", "55296x6x4096"]

@@ -32,6 +32,7 @@ INSIDE = {  # order of files within a room, from the street up
         "kernels.features",
         "kernels.nearest",
         "kernels.clusters",
+        "plain_clusters",
         "clusters",
         "kmeans",
         "codebook",

@@ -7,9 +7,10 @@ import torch
 
 from vptq.backend import use_kernels
 from vptq.errors import UsageError
-from vptq.quantize.clusters import PlainClusters, find_nearest, make_clusters
+from vptq.quantize.clusters import find_nearest, make_clusters
 from vptq.quantize.kmeans import batched_kmeans
 from vptq.quantize.layout import VectorWeights
+from vptq.quantize.plain_clusters import PlainClusters
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # the interpreter's
 ON_GPU = torch.cuda.is_available()

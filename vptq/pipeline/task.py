@@ -87,7 +87,7 @@ def keep(finished: Finished, job: Job, worker: int) -> dict[str, Any]:
 
 
 def log_line(figures: dict[str, Any]) -> str:
-    """One line for a linear: shape, bits, errors by stage, k-means iterations, seconds, and damping where it had to be raised."""
+    """One line for a linear: shape, bits, errors, k-means iterations, seconds, and damping where it had to be raised."""
     out_features, in_features = figures["shape"]
     residual = "" if figures["error_residual"] is None else f"  residual {figures['error_residual']:.5f}"
     retries = figures["damping_retries"]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 CPU_CHUNK_SCORES = 1 << 20
 GPU_CHUNK_SCORES = 1 << 27
+ROUNDING = 4e-6  # of squared sizes: what a float32 score may be off by
 
 
 def assign_nearest(vectors: Tensor, centroids: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -21,6 +22,23 @@ def assign_nearest(vectors: Tensor, centroids: Tensor, weights: Tensor | None = 
     Returns:
         (n,) int64; the first of equals.
     """
+    return _search(vectors, centroids, weights, second=False)[0]
+
+
+def assign_nearest_two(vectors: Tensor, centroids: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`assign_nearest`, and a lower bound of the (weighted) distance to the second nearest, (n,) float32.
+
+    The bound is the distance itself less what rounding may have added; infinite if there is one centroid only.
+    """
+    found, second = _search(vectors, centroids, weights, second=True)
+    squares = vectors.square() if weights is None else vectors.square() * weights
+    own, largest = squares.sum(1), centroids.square().sum(1).max()
+    rounding = ROUNDING * (own + (largest if weights is None else largest * weights.amax(1)))
+    return found, (own - 2 * second - rounding).clamp_min_(0).sqrt_()
+
+
+def _search(vectors: Tensor, centroids: Tensor, weights: Tensor | None, second: bool) -> tuple[Tensor, Tensor]:
+    """Index of the greatest score and, if asked for, the second greatest score."""
     half_norms = centroids.square() * -0.5
     if weights is None:
         left = torch.cat([vectors, vectors.new_ones(len(vectors), 1)], 1)
@@ -33,16 +51,23 @@ def assign_nearest(vectors: Tensor, centroids: Tensor, weights: Tensor | None = 
     scores = left.new_empty(chunk, len(centroids))  # written again and again: it stays in cache
     best = left.new_empty(chunk)
     found = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+    others = left.new_empty(len(vectors) if second else 0)
     for start in range(0, len(vectors), chunk):
-        count = min(chunk, len(vectors) - start)
-        torch.mm(left[start : start + count], right, out=scores[:count])
-        torch.max(scores[:count], 1, out=(best[:count], found[start : start + count]))
-    return found
+        here = slice(start, min(start + chunk, len(vectors)))
+        count = here.stop - start
+        torch.mm(left[here], right, out=scores[:count])
+        torch.max(scores[:count], 1, out=(best[:count], found[here]))
+        if second:
+            scores[:count].scatter_(1, found[here, None], float("-inf"))
+            torch.amax(scores[:count], 1, out=others[here])
+    return found, others
 
 
-def squared_distances(vectors: Tensor, centroids: Tensor, assignments: Tensor, weights: Tensor) -> Tensor:
-    """Weighted squared distance of every vector to its centroid: (n,) float32. weights: (n,) or (n, vector_len)."""
+def squared_distances(vectors: Tensor, centroids: Tensor, assignments: Tensor, element_weights: Tensor | None = None) -> Tensor:
+    """(Weighted) squared distance of every vector to its centroid: (n,) float32.
+
+    Args:
+        vectors: (n, v). centroids: (k, v). assignments: (n,) integer. element_weights: None or (n, v).
+    """
     squares = (vectors - centroids[assignments]).square_()
-    if weights.ndim == 1:
-        return squares.sum(1).mul_(weights)
-    return squares.mul_(weights).sum(1)
+    return (squares if element_weights is None else squares.mul_(element_weights)).sum(1)

@@ -93,7 +93,8 @@ class KernelClusters:
         vectors, weights = part.vectors[entry, numbers], part.weights[entry, numbers]
         found = assign_nearest(vectors, centroids, weights if part.layout.weighted else None)
         self.assignments[entry, part.run][numbers] = found.int()
-        self.errors[entry, part.run][numbers] = squared_distances(vectors, centroids, found, weights)
+        reached = squared_distances(vectors, centroids, found, weights if part.layout.weighted else None)
+        self.errors[entry, part.run][numbers] = reached if part.layout.weighted else reached * weights
         if sums is not None:
             sums.add(entry, found, vectors, weights)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from vptq.quantize.kernels.launch import num_programs
 
 USUAL_SIZE = 3.0  # scaled vectors have elements of about this size
-SAMPLE = 1 << 16  # vectors that centre and scale are taken from
+SAMPLE = 1 << 14  # vectors that centre and scale are taken from
 FAR_NORM = 240.0  # half its square still fits float16
 RUN = 16  # numbers that the tensor cores take in one step
 LANES = 128  # centroids of one tile of the product
@@ -96,19 +96,15 @@ class Frame:
 def make_frame(vectors: Tensor) -> Frame:
     """Centre and scale from medians of a sample, which a few wild vectors don't move. vectors: (B, n, v) float32.
 
-    Each batch entry by itself, so that it comes out the same bits in any batch.
+    Medians are no sums: each batch entry's come out the same bits in any batch.
     """
-    every = max(1, vectors.shape[1] // SAMPLE)
-    centres, scales = [], []
-    for entry in vectors[:, ::every]:
-        centre = entry.median(0).values
-        apart = (entry - centre).abs_()
-        size = apart.median()
-        size = torch.where(size > 0, size, apart.mean())
-        exponent = torch.log2(USUAL_SIZE / size.clamp_min(1e-30)).round().clamp(-100, 100)
-        centres.append(centre)
-        scales.append(torch.exp2(exponent))
-    return Frame(torch.stack(centres), torch.stack(scales))
+    sample = vectors[:, :: max(1, vectors.shape[1] // SAMPLE)]
+    centre = sample.median(1).values
+    apart = (sample - centre[:, None]).abs_().flatten(1)
+    size = apart.median(1).values
+    size = torch.where(size > 0, size, apart.amax(1))
+    exponent = torch.log2(USUAL_SIZE / size.clamp_min(1e-30)).round().clamp(-100, 100)
+    return Frame(centre, torch.exp2(exponent))
 
 
 def vector_rows(vectors: Tensor, weights: Tensor | None, frame: Frame, layout: Layout) -> tuple[Tensor, Tensor]:

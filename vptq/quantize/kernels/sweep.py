@@ -106,12 +106,14 @@ class _AlongIn(_Part):
 
     def _tiles(self, start: int, end: int, width: int) -> Tensor:
         """U_tt of the tiles of [start, end), (L, tiles, width, width); zero past a last tile that is narrower."""
-        tiles = -(-(end - start) // self.vector_len)
-        found = self.inv_chols.new_zeros(len(self.inv_chols), tiles, width, width)
-        for tile in range(tiles):
-            left = start + tile * self.vector_len
-            right = min(left + self.vector_len, end)
-            found[:, tile, : right - left, : right - left] = self.inv_chols[:, left:right, left:right]
+        v, (linears, size, _) = self.vector_len, self.inv_chols.shape
+        tiles, rest = divmod(end - start, v)
+        found = self.inv_chols.new_zeros(linears, tiles + bool(rest), width, width)
+        offset = self.inv_chols.storage_offset() + start * (size + 1)
+        whole = self.inv_chols.as_strided((linears, tiles, v, v), (size * size, v * (size + 1), size, 1), offset)
+        found[:, :tiles, :v, :v] = whole
+        if rest:
+            found[:, tiles, :rest, :rest] = self.inv_chols[:, end - rest : end, end - rest : end]
         return found
 
     def _inverse_tiles(self, start: int, end: int) -> Tensor:
