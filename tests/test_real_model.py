@@ -60,3 +60,16 @@ def test_packed_and_dequantized_perplexity_agree_to_four_digits(with_residual):
         for which in ("packed_model", "model")
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+@pytest.mark.gpu
+def test_kernels_quantize_as_well_as_their_twins(tmp_path, monkeypatch):
+    """One linear moves by some percent either way, as with another seed; their mean must not."""
+    means = {}
+    for kernels in ("triton", "torch"):
+        monkeypatch.setenv("VPTQ_KERNELS", kernels)
+        figures = run(tmp_path / kernels).figures
+        for key in ("error_kmeans", "error_sweep"):
+            means[kernels, key] = sum(f[key] for f in figures) / len(figures)
+    for key in ("error_kmeans", "error_sweep"):
+        assert means["triton", key] == pytest.approx(means["torch", key], rel=5e-3)

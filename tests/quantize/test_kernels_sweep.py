@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.conftest import correlated_hessian
+from tests.conftest import correlated_hessian, problem
 from tests.quantize.test_sweep import make_case, make_geometry, twin_sweep
 from vptq.config import LinearConfig
 from vptq.geometry import plan_geometry
+from vptq.quantize.linear import LinearInput, quantize_linears
 from vptq.quantize.metric import factor_inverse
 from vptq.quantize.segments import Segment
 from vptq.quantize.sweep import plain_sweep, sweep, sweep_linears
@@ -100,3 +101,22 @@ def test_large_linears_are_swept_as_well_as_by_the_twin(generator, direction, ve
         error = (weight - found.quantized).double()
         costs[kernels] = ((error @ metric.cuda().double()) * error).sum().item()
     assert costs["triton"] == pytest.approx(costs["torch"], rel=5e-3)
+
+
+@pytest.mark.parametrize("direction", ["out", "in"])
+def test_quantized_together_or_alone_gives_the_same_bits(direction, generator, kernel_device):
+    settings = {"vector_lens": (-1, 4), "num_centroids": (-1, 8), "num_res_centroids": (-1, 4), "kiter": 3}
+    config = LinearConfig(**settings, vector_quant_dim=direction, group_num=2)
+    linears = []
+    for name in ("a", "b"):
+        weight, hessian = problem(10, 12, generator)
+        if name == "b":
+            hessian[3], hessian[:, 3] = 0, 0  # an input that is always zero
+        linears.append(LinearInput(name, weight.to(kernel_device), hessian.to(kernel_device)))
+    together = quantize_linears(linears, config)
+    for linear, (quantized, report) in zip(linears, together, strict=True):
+        alone, alone_report = quantize_linears([linear], config)[0]
+        assert torch.equal(quantized.indices, alone.indices)
+        assert torch.equal(quantized.residual_indices, alone.residual_indices)
+        assert torch.equal(quantized.codebook.centroids, alone.codebook.centroids)
+        assert report.kmeans_objectives == alone_report.kmeans_objectives and len(report.kmeans_iterations) == 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vptq.errors import NumericalError, VptqError
-from vptq.quantize.assign import assign_nearest, squared_distances
+from vptq.quantize.assign import assign_nearest, assign_nearest_two, squared_distances
 from vptq.quantize.fixed_point import FixedPointSums
 from vptq.quantize.kmeans import _draw_start, _updated_centroids, batched_kmeans, weighted_kmeans
 from vptq.quantize.layout import VectorWeights
@@ -246,3 +246,34 @@ def test_arguments_are_not_changed(cloud):
     kept = x.clone(), w.clone()
     run(x, w, 5)
     assert torch.equal(x, kept[0]) and torch.equal(w, kept[1])
+
+
+@pytest.mark.parametrize("per_element", [False, True])
+def test_vectors_that_are_not_searched_again_are_where_a_search_would_put_them(per_element, generator):
+    x = torch.randn(1, 3000, 3, generator=generator)
+    w = torch.rand(1, 3000, 3, generator=generator) + 0.1
+    weights = VectorWeights(w[:, :0, 0], w) if per_element else VectorWeights(w[:, :, 0], w[:, :0])
+    clusters, searched = PlainClusters(x, weights, 20), []
+    centroids = x[:, :20].clone()
+    for number in range(25):
+        before = clusters._bounds.clone()
+        clusters.assign(centroids, [0])
+        expected = assign_nearest(x[0], centroids[0], w[0] if per_element else None)
+        assert torch.equal(clusters.assignments[0].long(), expected)
+        distances = squared_distances(x[0], centroids[0], expected, w[0] if per_element else None)
+        assert torch.allclose(clusters.errors[0], distances if per_element else distances * w[0, :, 0], rtol=1e-5)
+        searched.append((clusters._bounds > before).float().mean().item())
+        centroids = clusters.means(centroids, [0])
+        if number == 12:
+            centroids[0, 4] += 3.0  # as an empty cluster does
+    assert searched[0] > 0.9 and searched[11] < 0.7
+
+
+def test_bound_is_never_more_than_the_distance_to_the_second_nearest(generator):
+    x, c = torch.randn(500, 5, generator=generator) + 30, torch.randn(40, 5, generator=generator) + 30
+    w = torch.rand(500, 5, generator=generator)
+    for weights in (None, w):
+        _, bound = assign_nearest_two(x, c, weights)
+        wide = torch.ones_like(x) if weights is None else weights
+        exact = torch.stack([(wide.double() * (x - one).double().square()).sum(1) for one in c], 1).sort(1).values[:, 1].sqrt()
+        assert (bound <= exact).all() and (bound > 0.5 * exact).float().mean() > 0.9

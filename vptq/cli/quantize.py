@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,7 @@ def summary(result: RunResult) -> str:
         ),
         ("size of all tensors", megabytes(bits)),
         ("mean proxy error", _mean_errors(result.figures)),
+        ("k-means iterations", _iterations(result.figures)),
     ]
     for name, before, after in result.perplexities:
         label = name if "/" not in name else Path(name).name
@@ -113,6 +114,12 @@ def summary(result: RunResult) -> str:
     rows.append(("time", f"{result.seconds:.0f} s"))
     rows.append(("results", str(result.folder)))
     return table(rows)
+
+
+def _iterations(figures: Sequence[Mapping[str, Any]]) -> str:
+    """How long the codebooks' k-means ran before --ktol or --kiter stopped it."""
+    counts = [count for linear in figures for count in linear["kmeans_iterations"]]
+    return f"{min(counts)} to {max(counts)} a codebook, mean {sum(counts) / len(counts):.0f}"
 
 
 def _mean_errors(figures: Sequence[dict[str, Any]]) -> str:

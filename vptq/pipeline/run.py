@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vptq.backend import use_kernels
 from vptq.bits import checkpoint_bits
 from vptq.calibration.hessian import BlockHessians, Hessian
 from vptq.calibration.hessian_store import HessianStore, label_of
@@ -81,6 +82,7 @@ class _Run:
         if job is not None:
             job.lock()
         self.device = resolve_device(config.device)
+        self.kernels = use_kernels(self.device)
         check_workers(self.device, config.num_gpus)
         folder = resolve_folder(config.model_name)
         self.skeleton: Skeleton = load_skeleton(folder, config.trust_remote_code, forced_dtype(self.device))
@@ -203,6 +205,8 @@ class _Run:
 
     def _calibration_notes(self) -> list[str]:
         notes = []
+        if self.device.type == "cuda" and not self.kernels:
+            notes.append("without Triton's kernels quantizing takes many times longer (docs/performance.md)")
         if self.kept and self.store is not None:
             origins = sorted({self.store.provenance(path) for path in set(self.kept.values())})
             notes.append(
