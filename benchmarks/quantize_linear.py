@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from benchmarks.common import default_device, describe, measure_ceilings, show_table, timed, wait
+from benchmarks.common import Ceilings, Timing, default_device, describe, measure_ceilings, show_table, timed, wait
 from vptq.config import LinearConfig
 from vptq.geometry import plan_geometry
 from vptq.quantize.linear import quantize_linear
@@ -59,11 +59,11 @@ def main() -> None:
     )
     rows = []
     for shape in given.shapes:
-        rows += measure(shape, config, given, ceilings.matrix, rate64)
-    show_table(["linear", "part", "median (range)", "floor", "note"], rows)
+        rows += measure(shape, config, given, ceilings, rate64)
+    show_table(["linear", "part", "median (range)", "floor, share", "note"], rows)
 
 
-def measure(shape: str, config: LinearConfig, given: argparse.Namespace, rate: float, rate64: float) -> list[list[str]]:
+def measure(shape: str, config: LinearConfig, given: argparse.Namespace, ceilings: Ceilings, rate64: float) -> list[list[str]]:
     out_features, in_features = (int(word) for word in shape.split("x"))
     weight, hessian = make_problem(out_features, in_features, given.device)
     geometry, faults = plan_geometry(out_features, in_features, config)
@@ -84,17 +84,22 @@ def measure(shape: str, config: LinearConfig, given: argparse.Namespace, rate: f
         books.append(quantized.residual_codebook.centroids[0])
     segments = [Segment(0, in_features, tuple(books))]
     normal = torch.randn_like(weight)
-    scores = sum(2.0 * geometry.num_vectors * len(book) * 16 for book in books) / rate
+    scores = sum(2.0 * geometry.num_vectors * len(book) * 16 for book in books) / ceilings.matrix
     sweeping = timed(lambda: sweep(normal, inv_chol, segments, geometry, config.blocksize), given.repeats)
     factoring = timed(lambda: factor_inverse(hessian, 0.01), given.repeats)
     errors = timed(lambda: proxy_error(weight, weight * 0.9, hessian), given.repeats)
     iterations = sum(report.kmeans_iterations)
     note = f"k-means iterations {iterations}, proxy error {report.error:.5f}{memory}"
+    products = 4.0 * out_features * in_features**2 / ceilings.matrix32
+
+    def row(part: str, taken: Timing, floor: float, note: str = "") -> list[str]:
+        return [shape, part, str(taken), f"{floor * 1e3:.1f} ms, {floor / taken.median:.0%}", note]
+
     return [
-        [shape, "all", f"{whole:.2f} s", f"{scores * (iterations + 2):.2f} s (scores)", note],
-        [shape, "sweep", str(sweeping), f"{scores * 1e3:.1f} ms (scores)", ""],
-        [shape, "factor of the inverse", str(factoring), f"{in_features**3 / rate64 * 1e3:.1f} ms", "float64"],
-        [shape, "proxy error", str(errors), "", "float32"],
+        row("all", Timing(whole, whole, whole), scores * (iterations + 2), f"one run, floor of the scores; {note}"),
+        row("sweep", sweeping, scores, "floor of the scores"),
+        row("factor of the inverse", factoring, in_features**3 / rate64, "float64"),
+        row("proxy error", errors, products, "float32"),
     ]
 
 

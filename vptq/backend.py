@@ -23,12 +23,9 @@ def use_kernels(device: torch.device) -> bool:
     Raises:
         UsageError: a value that is none of these, or kernels where they can't run.
     """
-    choice = os.environ.get(VARIABLE, "auto").strip().lower() or "auto"
-    if choice not in CHOICES:
-        raise UsageError(f"{VARIABLE} is `{choice}`", hint=f"set it to one of {', '.join(CHOICES)}, or unset it")
-    if choice == "torch":
+    if choice() == "torch":
         return False
-    if choice == "auto":
+    if choice() == "auto":
         return device.type == "cuda" and has_triton()
     if not has_triton():
         raise UsageError(f"{VARIABLE} is `triton`, but Triton is not installed", hint="pip install triton")
@@ -37,6 +34,19 @@ def use_kernels(device: torch.device) -> bool:
             f"{VARIABLE} is `triton`, but the work is on `{device.type}`", hint=f"unset {VARIABLE}, or use a CUDA device"
         )
     return True
+
+
+def choice() -> str:
+    """What `VPTQ_KERNELS` says. Raises UsageError for what it can't say."""
+    said = os.environ.get(VARIABLE, "auto").strip().lower() or "auto"
+    if said not in CHOICES:
+        raise UsageError(f"{VARIABLE} is `{said}`", hint=f"set it to one of {', '.join(CHOICES)}, or unset it")
+    return said
+
+
+def force_plain() -> None:
+    """From here on the plain twins, in this process and those it starts."""
+    os.environ[VARIABLE] = "torch"
 
 
 @functools.cache

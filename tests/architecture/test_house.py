@@ -41,6 +41,7 @@ INSIDE = {  # order of files within a room, from the street up
         "kernels.sweep",
         "sweep",
         "linear",
+        "trial",
     ],
     "nn": ["packing", "reference", "vquant_linear", "replace"],
     "checkpoint": ["names", "writer", "reader", "transformers_bridge"],

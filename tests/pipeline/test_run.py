@@ -80,7 +80,8 @@ def test_stopped_and_resumed_gives_the_same_bytes(whole, tiny_llama, text_file, 
     with pytest.raises(KeyboardInterrupt):
         quantize_model(config_of(tiny_llama, text_file, tmp_path), progress=stop)
     done = list((stop.folder / "work").iterdir())
-    assert len(done) == after and not (stop.folder / "packed_model").exists()
+    assert len(done) - after in (0, 1)  # one more may have been written while the last was told
+    assert not (stop.folder / "packed_model").exists()
     result = quantize_model(QuantConfig(), resume=stop.folder)
     assert packed_bytes(result.folder) == packed_bytes(whole.folder)
     assert len([line for line in (stop.folder / "logs" / "0.log").read_text().splitlines() if "k-means" in line]) == 14
@@ -305,7 +306,7 @@ def test_disk_that_fills_up_leaves_a_resumable_run(whole, tiny_llama, text_file,
     monkeypatch.setattr(files, "save_file", save_file_until_full)
     with pytest.raises(UsageError, match=r"disk is full(.|\n)*--resume"):
         quantize_model(config_of(tiny_llama, text_file, tmp_path), progress=progress)
-    assert len(list((progress.folder / "work").iterdir())) == 3
+    assert 3 <= len(list((progress.folder / "work").iterdir())) < 14
     monkeypatch.setattr(files, "save_file", real)
     assert packed_bytes(quantize_model(QuantConfig(), resume=progress.folder).folder) == packed_bytes(whole.folder)
 
@@ -365,3 +366,23 @@ def test_gpu_run_equals_the_cpu_run_in_quality(whole, tiny_llama, text_file, tmp
         assert gpu["error"] == pytest.approx(cpu["error"], rel=0.2)
     again = quantize_model(config_of(tiny_llama, text_file, tmp_path / "again", device="cuda"))
     assert packed_bytes(again.folder) == packed_bytes(found.folder)
+
+
+def test_what_was_computed_is_written_though_the_listener_stops(tiny_llama, text_file, tmp_path):
+    """The interrupt comes while the first linear is told of: the second is done by then, and must not be lost."""
+    stop = Stop(1)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(config_of(tiny_llama, text_file, tmp_path), progress=stop)
+    assert len(list((stop.folder / "work").iterdir())) == 2
+
+
+def test_a_run_that_can_not_begin_lets_go_of_its_lock(tiny_llama, text_file, tmp_path):
+    stop = Stop(1)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(config_of(tiny_llama, text_file, tmp_path), progress=stop)
+    errors = []
+    for _ in range(2):
+        with pytest.raises(UsageError) as caught:
+            quantize_model(QuantConfig(), resume=stop.folder, given={"device": "cuda:99"})
+        errors.append(caught)  # kept, as a notebook keeps the last one
+    assert all("cuda:99" in str(caught.value) for caught in errors)

@@ -152,3 +152,68 @@ def test_the_variable_chooses(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(UsageError, match="the work is on `cpu`"):
         use_kernels(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_an_entry_that_ends_by_rounding_leaves_the_others_alone(kernels, generator, kernel_device, monkeypatch):
+    """The second step of entry 0 is spoiled, so that its objective rises: entry 1 must go on as it does alone."""
+    import vptq.quantize.kmeans as kmeans
+
+    x = torch.randn(2, VECTORS, 3, generator=generator).to(kernel_device)
+    weights = VectorWeights(torch.ones(2, VECTORS, device=kernel_device), x[:, :0])
+    alone = kmeans_of(x, weights, 6, monkeypatch, kernels)[1]
+    real, calls = kmeans._updated_centroids, []
+
+    def spoiled(clusters, centroids, num_empty):
+        calls.append(1)
+        moved = real(clusters, centroids, num_empty)
+        if len(calls) == 2:
+            moved[0] += 10.0
+        return moved
+
+    monkeypatch.setattr(kmeans, "_updated_centroids", spoiled)
+    first, second = kmeans_of(x, weights, 6, monkeypatch, kernels)
+    assert first.iterations == 1 and second.iterations == alone.iterations > 2
+    assert torch.equal(second.centroids, alone.centroids) and second.objective == alone.objective
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("size", [20, 40, 60, 75, 90, 120, 150, 300])
+def test_vectors_about_the_limit_of_float16_find_theirs(size, weighted, generator, kernel_device):
+    x, weights, c = cloud(VECTORS, 4, 300, generator, kernel_device, weighted=weighted)
+    x[5], x[6] = 0.0, 0.0
+    x[5, 0], x[6, 1] = size, -size
+    c[17], c[18] = x[5] * 1.01, x[6] * 1.01
+    found = find_nearest(x, weights, c)
+    assert found[5] == 17 and found[6] == 18
+
+
+def test_heavy_tails_cost_no_more(generator, kernel_device):
+    x, weights, c = cloud(VECTORS, 8, 300, generator, kernel_device)
+    x[::5] *= 30 * torch.rand(len(x[::5]), 1, generator=generator).to(kernel_device)
+    c[::5] *= 30 * torch.rand(len(c[::5]), 1, generator=generator).to(kernel_device)
+    errors = exact_errors(x, weights, c)
+    found = find_nearest(x, weights, c)
+    assert errors.gather(1, found[:, None]).sum().item() <= errors.amin(1).sum().item() * (1 + 1e-5)
+
+
+def test_a_trial_says_whether_kernels_run(kernel_device, monkeypatch):
+    from vptq.quantize.trial import _fault
+
+    assert _fault(kernel_device) == ""
+    monkeypatch.setattr("vptq.quantize.kernels.clusters.vector_rows", lambda *_: 1 / 0)
+    assert _fault(kernel_device) == "ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_last_centroid_stays_where_it_is_nearer(weighted, generator, kernel_device, monkeypatch):
+    """A first pass that finds the wrong group can't make things worse than they were."""
+    import vptq.quantize.kernels.clusters as clusters_module
+
+    x, weights, c = cloud(VECTORS, 5, 600, generator, kernel_device, weighted=weighted)
+    clusters = make_clusters(x[None], VectorWeights.stack([weights]), 600)
+    clusters.assign(c[None], [0])
+    assigned, errors = clusters.assignments.clone(), clusters.errors.clone()
+    monkeypatch.setattr(clusters_module, "best_groups", lambda rows, centroids, active, groups, layout: groups.zero_())
+    clusters.assign(c[None], [0])
+    assert torch.equal(clusters.assignments, assigned) and torch.equal(clusters.errors, errors)

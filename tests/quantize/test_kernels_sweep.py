@@ -120,3 +120,16 @@ def test_quantized_together_or_alone_gives_the_same_bits(direction, generator, k
         assert torch.equal(quantized.residual_indices, alone.residual_indices)
         assert torch.equal(quantized.codebook.centroids, alone.codebook.centroids)
         assert report.kmeans_objectives == alone_report.kmeans_objectives and len(report.kmeans_iterations) == 4
+
+
+@pytest.mark.parametrize("direction", ["out", "in"])
+@pytest.mark.parametrize("size", [40, 75, 150])
+def test_a_vector_about_the_limit_of_float16_takes_its_centroid(direction, size, generator, kernel_device):
+    weight, inv_chol, segments, geometry = make_case(generator, direction, 8, 8, 4, k=300)
+    inv_chol = torch.eye(8)
+    weight[0, 0] = size
+    book = segments[0].stages[0]
+    vector = weight[:4, 0] if direction == "out" else weight[0, :4]
+    book[7] = vector * 1.01
+    found = sweep(weight.to(kernel_device), inv_chol.to(kernel_device), to(segments, kernel_device), geometry, blocksize=8)
+    assert found.indices[0][0][0, 0] == 7

@@ -8,7 +8,11 @@ from vptq.errors import UsageError
 
 
 def resolve_device(name: str | None) -> torch.device:
-    """cuda where there is one, unless told otherwise. Raises UsageError for a device that is not there."""
+    """cuda where there is one, unless told otherwise; a GPU named by its number becomes the current one.
+
+    Raises:
+        UsageError: a device that is not there.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -19,6 +23,8 @@ def resolve_device(name: str | None) -> torch.device:
         raise UsageError(
             f"device `{name}` is not there", where=[f"{torch.cuda.device_count()} CUDA devices"], hint="--device cpu"
         )
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # kernels are launched on the current one
     return device
 
 

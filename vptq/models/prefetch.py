@@ -37,7 +37,9 @@ class PrefetchingFolder(FolderSource):
     def get(self, name: str) -> Tensor:
         """The tensor of the model's parameter `name`, on the CPU, in its stored type; read now if it isn't coming."""
         coming = self._coming.pop(name, None)
-        return coming.result() if coming is not None else super().get(name)
+        if coming is None or coming.cancel():  # not begun: what waits before it in line must not be waited for
+            return super().get(name)
+        return coming.result()
 
     def close(self) -> None:
         """Stop reading; what was not fetched is forgotten."""
@@ -54,6 +56,9 @@ def _copied(tensor: Tensor, pin: bool) -> Tensor:
     By NumPy, on this thread alone: torch would start a second pool of threads here, and two pools on the same cores halve
     the speed of whatever computes.
     """
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
+    try:
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
+    except RuntimeError:  # page-locked memory is short on some machines
+        copy = torch.empty_like(tensor)
     numpy.copyto(copy.view(-1).view(torch.uint8).numpy(), tensor.reshape(-1).view(torch.uint8).numpy())
     return copy

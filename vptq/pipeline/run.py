@@ -1,6 +1,6 @@
 """The order of things in a `quantize` run.
 
-plan -> tokens -> block by block: inputs, Hessians, linears, each safe on disk before the next -> checkpoints -> perplexity.
+plan -> tokens -> block by block: inputs, Hessians, linears, each on disk as soon as it is done -> checkpoints -> perplexity.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from vptq.backend import use_kernels
 from vptq.bits import checkpoint_bits
 from vptq.calibration.hessian import BlockHessians, Hessian
 from vptq.calibration.hessian_store import HessianStore, label_of
@@ -40,6 +39,7 @@ from vptq.pipeline.plan import LinearPlan, RunPlan, check_disk, make_plan
 from vptq.pipeline.progress import Progress, Silent
 from vptq.pipeline.task import LinearTask
 from vptq.pipeline.workers import check_workers, make_executor
+from vptq.quantize.trial import settle_kernels
 
 
 def quantize_model(
@@ -66,11 +66,14 @@ def quantize_model(
         free = {name: value for name, value in (given or {}).items() if name in FREE_ON_RESUME}
         config = QuantConfig.from_flat(job.config.to_flat() | free)
     config.validate()
-    run = _Run(config, job, progress or Silent())
+    run = None
     try:
+        run = _Run(config, job, progress or Silent())
         return run.execute()
     finally:
-        run.job.unlock()
+        for locked in (job, run.job if run is not None else None):
+            if locked is not None:
+                locked.unlock()
 
 
 class _Run:
@@ -82,7 +85,7 @@ class _Run:
         if job is not None:
             job.lock()
         self.device = resolve_device(config.device)
-        self.kernels = use_kernels(self.device)
+        self.slow = settle_kernels(self.device)
         check_workers(self.device, config.num_gpus)
         folder = resolve_folder(config.model_name)
         self.skeleton: Skeleton = load_skeleton(folder, config.trust_remote_code, forced_dtype(self.device))
@@ -178,8 +181,8 @@ class _Run:
     # -- the work -------------------------------------------------------------------------------------------------------
 
     def execute(self) -> RunResult:
-        self._announce()
         try:
+            self._announce()
             self._quantize_blocks()
         finally:
             self.executor.close()
@@ -205,8 +208,8 @@ class _Run:
 
     def _calibration_notes(self) -> list[str]:
         notes = []
-        if self.device.type == "cuda" and not self.kernels:
-            notes.append("without Triton's kernels quantizing takes many times longer (docs/performance.md)")
+        if self.slow:
+            notes.append(self.slow)
         if self.kept and self.store is not None:
             origins = sorted({self.store.provenance(path) for path in set(self.kept.values())})
             notes.append(

@@ -17,6 +17,7 @@ from vptq.pipeline.plan import LinearPlan
 from vptq.quantize.linear import LinearInput, quantize_linears
 
 BATCH_VECTORS = 1 << 20  # about what fills a large GPU
+BATCH_METRIC = 1 << 27  # numbers of all factors of a batch: half a gigabyte
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def make_batches(tasks: list[LinearTask], device: torch.device) -> list[list[Lin
     for task in tasks:
         info, vectors = task.plan.info, task.plan.layer.geometry.num_vectors
         alike = batches.setdefault((info.out_features, info.in_features, task.plan.config, task.dtype), [[]])
-        if alike[-1] and vectors * (len(alike[-1]) + 1) > BATCH_VECTORS:
+        count = len(alike[-1]) + 1
+        if count > 1 and (vectors * count > BATCH_VECTORS or info.in_features**2 * count > BATCH_METRIC):
             alike.append([])
         alike[-1].append(task)
     return [batch for alike in batches.values() for batch in alike]

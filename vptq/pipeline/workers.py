@@ -47,12 +47,16 @@ class InProcess:
         batches = make_batches(tasks, self.device)
         writing: list[Future[dict[str, Any]]] = []
         for number, batch in enumerate(batches):
+            for written in writing:
+                if written.done():
+                    written.result()  # a full disk ends the run before more is quantized
             following = batches[number + 1 : number + 2]
             self.source.prefetch(f"{task.plan.name}.weight" for task in itertools.chain(*following))
             finished = quantize_batch(batch, self.source, hessians, self.device)
+            submitted = [self.writer.submit(keep, linear, self.job, 0) for linear in finished]
             for written in writing:
                 yield written.result()
-            writing = [self.writer.submit(keep, linear, self.job, 0) for linear in finished]
+            writing = submitted
         for written in writing:
             yield written.result()
 

@@ -52,9 +52,15 @@ class FixedPointSums:
     def copies(self) -> int:
         return self.products.shape[1]
 
-    def clear(self) -> None:
-        """In place: all zero again."""
-        self.memory.zero_()
+    def clear(self, entries: list[int]) -> None:
+        """In place: the sums of some batch entries zero again, those of others as they were."""
+        if len(entries) == len(self.products):
+            self.memory.zero_()
+            return
+        sums = [self.products, self.totals] + ([] if self.element_totals is None else [self.element_totals])
+        for tensor in sums:
+            for entry in entries:
+                tensor[entry].zero_()
 
     def add(self, entry: int, clusters: Tensor, vectors: Tensor, weights: Tensor) -> None:
         """Take in vectors of one batch entry. clusters: (m,) int64; vectors: (m, v); weights: (m,) or (m, v), float32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Sequence
@@ -111,8 +112,10 @@ def quantize_linears(
     if geometry is None or any(linear.weight.shape != shape for linear in linears):
         names = ", ".join(f"`{linear.name}`" for linear in linears)
         raise UsageError(f"{names} can't be cut as the settings ask", where=faults or ["their shapes differ"])
-    problems = [_prepare(linear, config, storage_dtype) for linear in linears]
-    found = _quantize(problems, config, geometry, storage_dtype)
+    device = linears[0].weight.device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # where kernels are launched
+        problems = [_prepare(linear, config, storage_dtype) for linear in linears]
+        found = _quantize(problems, config, geometry, storage_dtype)
     seconds = (time.perf_counter() - started) / len(linears)
     return [(quantized, replace(report, seconds=seconds)) for quantized, report in found]
 
@@ -149,9 +152,13 @@ def _quantize(
 def _sweep(
     problems: list[Problem], segments: list[list[Segment]], geometry: Geometry, config: LinearConfig
 ) -> list[SweepResult]:
-    weights = torch.stack([problem.weight for problem in problems])
-    inv_chols = torch.stack([problem.factor.inv_chol for problem in problems])
+    weights = _stacked([problem.weight for problem in problems])
+    inv_chols = _stacked([problem.factor.inv_chol for problem in problems])
     return sweep_linears(weights, inv_chols, segments, geometry, config.blocksize)
+
+
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)
 
 
 def _report(problem: Problem, error_kmeans: float, error_sweep: float, error_residual: float | None) -> LinearReport:

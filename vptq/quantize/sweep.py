@@ -21,6 +21,8 @@ from vptq.quantize.layout import split_vectors, vector_weights
 from vptq.quantize.result import join_vectors
 from vptq.quantize.segments import Segment, SweepResult
 
+ALIGNED = 32  # float32 numbers: a library's products may be rounded otherwise where a matrix starts elsewhere
+
 QuantizeUnit = Callable[[Tensor, Tensor, Segment], tuple[Tensor, list[Tensor]]]
 
 
@@ -49,6 +51,8 @@ def sweep_linears(
     if use_kernels(weights.device) and max(segment.vector_len for segment in segments[0]) <= 16:
         from vptq.quantize.kernels.sweep import sweep_by_kernels
 
+        if len(weights) > 1 and any(tensor[0].numel() % ALIGNED for tensor in (weights, inv_chols)):
+            return [sweep(w, u, own, geometry, blocksize) for w, u, own in zip(weights, inv_chols, segments, strict=True)]
         return sweep_by_kernels(weights, inv_chols, segments, geometry, blocksize)
     found = zip(weights, inv_chols, segments, strict=True)
     return [plain_sweep(weight, inv_chol, own, geometry, blocksize) for weight, inv_chol, own in found]

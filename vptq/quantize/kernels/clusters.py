@@ -75,7 +75,7 @@ class KernelClusters:
         numbers = self._numbers(active)
         centroids = centroids.contiguous()
         if sums is not None:
-            sums.clear()
+            sums.clear(active)
         for part in self.parts:
             part.centroids.fill(centroids, numbers, part.frame, part.layout)
             best_groups(part.rows, part.centroids, numbers, part.groups, part.layout)

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from vptq.quantize.kernels.launch import num_programs
 
-USUAL_SIZE = 3.0  # scaled vectors have elements of about this size
+USUAL_SIZE = 1.5  # scaled vectors have elements of about this size
 SAMPLE = 1 << 14  # vectors that centre and scale are taken from
-FAR_NORM = 240.0  # half its square still fits float16
+FAR_NORM = 240.0  # of centroids: half its square still fits float16
+FAR_VECTOR = FAR_NORM / 2  # a centroid that is left out is farther from nearer vectors than the centre of all is
 RUN = 16  # numbers that the tensor cores take in one step
 LANES = 128  # centroids of one tile of the product
 NEVER = -60000.0  # a score that loses
@@ -122,7 +123,7 @@ def vector_rows(vectors: Tensor, weights: Tensor | None, frame: Frame, layout: L
     _vector_rows[(num_programs(count, block), batch)](
         vectors, weights, frame.centre, frame.scale, rows, far, count,
         VECTOR_LEN=vector_len, WIDTH=layout.width, ELEMENTS=layout.elements, WEIGHTED=layout.weighted, SPLIT=layout.split,
-        FAR=FAR_NORM, BLOCK=block,
+        FAR=FAR_VECTOR, BLOCK=block,
     )  # fmt: skip
     return rows, far
 

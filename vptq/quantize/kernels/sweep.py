@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from vptq.geometry import Geometry
-from vptq.quantize.kernels.sweep_block import Stage, make_stage, sweep_block_in, sweep_block_out
+from vptq.quantize.kernels.sweep_block import ROWS, Stage, make_stage, sweep_block_in, sweep_block_out
 from vptq.quantize.result import join_vectors, look_up
 from vptq.quantize.segments import Segment, SweepResult
 
 MOST_ELEMENTS = 1 << 14  # of a program's part of a block, so that it fits in registers
-ROWS = 16
 
 
 def sweep_by_kernels(
@@ -98,7 +97,8 @@ class _AlongIn(_Part):
         inverse = self._inverse_tiles(start, end)
         stages = []
         for book in self.books:
-            searched = book[:, None] @ inverse[:, :, : self.vector_len, : self.vector_len]
+            cut = inverse[:, :, : self.vector_len, : self.vector_len]
+            searched = torch.stack([own @ tiles for own, tiles in zip(book, cut, strict=True)])
             stages.append(make_stage(book, searched))
         sweep_block_in(
             remaining, self.inv_chols, inverse, errors, stages, self.indices, self.segment.start, start, end
@@ -122,7 +122,8 @@ class _AlongIn(_Part):
         tiles = self._tiles(start, end, width)
         padding = tiles.diagonal(dim1=2, dim2=3) == 0
         tiles.diagonal(dim1=2, dim2=3)[padding] = 1
-        inverse = torch.linalg.solve_triangular(tiles, torch.eye(width, device=tiles.device).expand_as(tiles), upper=True)
+        identity = torch.eye(width, device=tiles.device).expand_as(tiles[0])
+        inverse = torch.stack([torch.linalg.solve_triangular(own, identity, upper=True) for own in tiles])
         return inverse.masked_fill(padding[:, :, None, :] | padding[:, :, :, None], 0).contiguous()
 
     def leftover(self, errors: Tensor) -> Tensor:
@@ -133,5 +134,6 @@ class _AlongIn(_Part):
         padded = torch.nn.functional.pad(here, (0, tiles.shape[1] * self.vector_len - here.shape[2]))
         linears, rows, columns = padded.shape
         cut = padded.view(linears, rows, tiles.shape[1], self.vector_len)
-        found = torch.einsum("lrtv,ltvw->lrtw", cut, tiles)
+        # one linear after the other: how a batch of products is rounded may depend on its size
+        found = torch.stack([torch.einsum("rtv,tvw->rtw", own, uppers) for own, uppers in zip(cut, tiles, strict=True)])
         return found.reshape(linears, rows, columns)[:, :, : end - start]

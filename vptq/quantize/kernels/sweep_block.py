@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vptq.quantize.kernels.features import FAR_NORM, LANES, CentroidRows, Frame, Layout, choose_layout, make_frame
+from vptq.quantize.kernels.features import FAR_VECTOR, LANES, CentroidRows, Frame, Layout, choose_layout, make_frame
 from vptq.quantize.kernels.launch import num_programs, packed_maximum
 from vptq.quantize.kernels.nearest import MINUS_INFINITY_TWICE, best_group
 
@@ -126,7 +126,7 @@ def _constants(stages: list[Stage], width: int, columns: int) -> dict[str, objec
         "FEATURES": main.width, "ELEMENTS": main.elements, "SPLIT": main.split, "TILES": main.tiles,
         "RESIDUAL_TILES": residual.tiles,
         "RESIDUAL": len(stages) > 1, "LANES": LANES, "PACKED": packed_maximum(), "NOTHING": MINUS_INFINITY_TWICE,
-        "FAR": FAR_NORM,
+        "FAR": FAR_VECTOR,
     }  # fmt: skip
 
 
@@ -177,12 +177,15 @@ def _nearest_of_group(
 
 @triton.jit
 def _search(
-    x, scratch, rows_ptr, grouped_ptr, centre_ptr, scale_ptr, num_centroids, supers, entry,
+    x, there, scratch, rows_ptr, grouped_ptr, centre_ptr, scale_ptr, num_centroids, supers, entry,
     VECTOR_LEN: tl.constexpr, WIDTH: tl.constexpr, FEATURES: tl.constexpr, ELEMENTS: tl.constexpr,
     SPLIT: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, PACKED: tl.constexpr,
     NOTHING: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """Index of the nearest centroid of each row of x (ROWS, WIDTH); the first of equals. `entry`: which set of centroids."""
+    """Index of the nearest centroid of each row of x (ROWS, WIDTH) that is `there`; the first of equals.
+
+    `entry`: which set of centroids.
+    """
     GROUP: tl.constexpr = 2 * TILES
     padded = supers * (TILES * LANES)
     grouped_ptr += entry * padded * VECTOR_LEN
@@ -207,7 +210,7 @@ def _search(
     group = best_group(features, rows_ptr, supers, FEATURES, TILES, MANY, ROWS, LANES, PACKED, NOTHING, 3)
     least, place = _nearest_of_group(scratch, grouped_ptr, group, VECTOR_LEN, WIDTH, GROUP, ROWS)
     found = group * GROUP + place
-    far = square > FAR * FAR
+    far = there & (square > FAR * FAR)
     if tl.max(far.to(tl.int32), 0) > 0:  # beyond float16: every group, exactly
         least = tl.full((ROWS,), float("inf"), tl.float32)
         for number in range(supers * (LANES // 2)):
@@ -252,7 +255,7 @@ def _sweep_out(
     for j in tl.range(0, end - start, num_stages=1):
         x = tl.reshape(tl.sum(tl.where((column == j)[None, :], block, 0.0), 1), (ROWS, WIDTH))
         found = _search(
-            x, scratch, rows_ptr, grouped_ptr, centre_ptr, scale_ptr, num_centroids, supers, entry,
+            x, vector < limit, scratch, rows_ptr, grouped_ptr, centre_ptr, scale_ptr, num_centroids, supers, entry,
             VECTOR_LEN, WIDTH, FEATURES, ELEMENTS, SPLIT, TILES, ROWS, LANES, PACKED, NOTHING, FAR,
         )  # fmt: skip
         place = (linear * index_rows + vector) * index_columns + index_start + j
@@ -261,7 +264,7 @@ def _sweep_out(
         x = tl.where(valid, x - tl.load(book, mask=valid, other=0.0), 0.0)
         if RESIDUAL:
             found = _search(
-                x, scratch, rows2_ptr, grouped2_ptr, centre2_ptr, scale2_ptr, num_centroids2, supers2, entry,
+                x, vector < limit, scratch, rows2_ptr, grouped2_ptr, centre2_ptr, scale2_ptr, num_centroids2, supers2, entry,
                 VECTOR_LEN, WIDTH, FEATURES, ELEMENTS, SPLIT, RESIDUAL_TILES, ROWS, LANES, PACKED, NOTHING, FAR,
             )  # fmt: skip
             tl.store(index2_ptr + place, found, mask=vector < limit)
@@ -306,7 +309,7 @@ def _sweep_in(
         inverse = tl.load(inverse + element[:, None] * WIDTH + element[None, :])
         found = _search(
             tl.sum(left[:, :, None] * inverse[None, :, :], 1),
-            scratch, rows_ptr, grouped_ptr, centre_ptr, scale_ptr, num_centroids, supers, entry,
+            valid, scratch, rows_ptr, grouped_ptr, centre_ptr, scale_ptr, num_centroids, supers, entry,
             VECTOR_LEN, WIDTH, FEATURES, ELEMENTS, SPLIT, TILES, ROWS, LANES, PACKED, NOTHING, FAR,
         )  # fmt: skip
         place = (linear * index_rows + row) * index_columns + index_start + tile
@@ -316,7 +319,7 @@ def _sweep_in(
         if RESIDUAL:
             found = _search(
                 tl.sum(left[:, :, None] * inverse[None, :, :], 1),
-                scratch, rows2_ptr, grouped2_ptr, centre2_ptr, scale2_ptr, num_centroids2, supers2, entry,
+                valid, scratch, rows2_ptr, grouped2_ptr, centre2_ptr, scale2_ptr, num_centroids2, supers2, entry,
                 VECTOR_LEN, WIDTH, FEATURES, ELEMENTS, SPLIT, RESIDUAL_TILES, ROWS, LANES, PACKED, NOTHING, FAR,
             )  # fmt: skip
             tl.store(index2_ptr + place, found, mask=valid)
