@@ -154,6 +154,8 @@ def test_an_update_that_rounding_makes_worse_is_dropped(cloud, monkeypatch):
     monkeypatch.setattr(kmeans, "_updated_centroids", worse_the_third_time)
     found = run(x, w, 6)
     assert found.iterations == 2
+    error = (w.double() * (x - found.centroids[found.assignments]).double().square().sum(1)).sum().item()
+    assert found.objective[-1] == pytest.approx(error, rel=1e-5)
     assert torch.equal(found.assignments.long(), assign_nearest(x, found.centroids))
     assert all(b <= a for a, b in zip(found.objective, found.objective[1:], strict=False))
 
