@@ -15,6 +15,7 @@ import json
 import random
 import resource
 import shutil
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -110,6 +111,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "vptq-benchmark")
     given = parser.parse_args()
     print(describe(default_device()))
+    print(
+        f"{given.blocks} blocks, {given.hidden_size} wide, {given.intermediate_size} in, {given.nsamples} x {given.seq_len} "
+        f"tokens, vectors of {given.vector_len}, {given.num_centroids} + {max(given.num_res_centroids, 0)} centroids"
+    )
     shape = f"{given.hidden_size}-{given.intermediate_size}-{given.kv_heads}-{given.vocab_size}-{given.blocks}"
     model, text = given.folder / f"llama-{shape}", given.folder / f"words-{given.nsamples * given.seq_len}.txt"
     config = LlamaConfig(
@@ -157,12 +162,14 @@ def run(given: argparse.Namespace, model: Path, text: Path) -> None:
     kinds: dict[str, list[float]] = {}
     for figures in result.figures:
         kinds.setdefault("x".join(map(str, figures["shape"])), []).append(figures["seconds"])
-    print("seconds a linear: " + ", ".join(f"{kind} {sum(s) / len(s):.2f}" for kind, s in kinds.items()))
+    spread = (f"{kind} {statistics.median(s):.2f} ({min(s):.2f} to {max(s):.2f})" for kind, s in kinds.items())
+    print("seconds a linear, median (range): " + ", ".join(spread))
     if torch.cuda.is_available():
         ceilings = measure_ceilings(default_device())
         print(ceilings)
         print(f"GPU memory at most: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-        print(f"floor of a block: {block_floor(given, iterations, ceilings.matrix):.2f} s of tensor-core time")
+        floor = block_floor(given, iterations, ceilings.matrix)
+        print(f"floor of a block: {floor:.2f} s of tensor-core time, {floor * given.blocks / blocks:.0%} of what it took")
     print(f"main memory at most: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     if given.blocks < WHOLE:
         print(f"{WHOLE} blocks by multiplication: {(whole - blocks + blocks / given.blocks * WHOLE) / 60:.1f} minutes")
