@@ -19,7 +19,7 @@ FLOORS = [
     "evaluation", "checkpoint", "pipeline", "cli",
 ]  # fmt: skip
 INSIDE = {  # order of files within a room, from the street up
-    "models": ["device", "headers", "files", "shapes", "stream", "prefetch", "staging", "architecture", "runner"],
+    "models": ["device", "headers", "files", "shapes", "stream", "staging", "prefetch", "architecture", "runner"],
     "calibration": ["hessian", "hessian_store"],
     "quantize": [
         "result",

@@ -69,8 +69,13 @@ class Skeleton:
         config = self.model.config
         return getattr(config, "max_position_embeddings", None)
 
+    @property
+    def source_prefix(self) -> str:
+        """What older checkpoints leave out of, or put before, the model's own parameter names."""
+        return getattr(self.model, "base_model_prefix", "")
+
     def source(self) -> FolderSource:
-        return FolderSource(self.folder, getattr(self.model, "base_model_prefix", ""))
+        return FolderSource(self.folder, self.source_prefix)
 
 
 def load_skeleton(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> Skeleton:

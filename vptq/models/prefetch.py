@@ -10,6 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from vptq.models.staging import room_for
 from vptq.models.stream import FolderSource
 
 READERS = 2
@@ -56,9 +57,6 @@ def _copied(tensor: Tensor, pin: bool) -> Tensor:
     By NumPy, on this thread alone: torch would start a second pool of threads here, and two pools on the same cores halve
     the speed of whatever computes.
     """
-    try:
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
-    except RuntimeError:  # page-locked memory is short on some machines
-        copy = torch.empty_like(tensor)
+    copy = room_for(tensor, pin)
     numpy.copyto(copy.view(-1).view(torch.uint8).numpy(), tensor.reshape(-1).view(torch.uint8).numpy())
     return copy

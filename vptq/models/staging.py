@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 
-def to_main_memory(tensor: Tensor) -> Tensor:
-    """A copy in main memory, page-locked where that can be had. (any shape) -> (the same)."""
+def room_for(tensor: Tensor, pin: bool) -> Tensor:
+    """Main memory, not filled, for a tensor (any shape); with `pin` page-locked where that can be had."""
     try:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
     except RuntimeError:  # page-locked memory is short on some machines
-        return tensor.cpu()
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def to_main_memory(tensor: Tensor) -> Tensor:
+    """A copy in main memory, of a GPU's tensor in page-locked memory. (any shape) -> (the same)."""
+    return room_for(tensor, pin=tensor.is_cuda).copy_(tensor)
 
 
 class Stage:

@@ -91,7 +91,8 @@ class _Run:
         self.skeleton: Skeleton = load_skeleton(folder, config.trust_remote_code, forced_dtype(self.device))
         if is_packed(folder):
             raise UsageError(f"`{folder}` is quantized already", hint="give the original model")
-        self.source: FolderSource = self.skeleton.source()
+        prefix = self.skeleton.source_prefix
+        self.source = PrefetchingFolder(folder, prefix, pin=self.device.type == "cuda")
         self.dtype = forced_dtype(self.device) or self.skeleton.dtype
         self.plan: RunPlan = make_plan(config, self.skeleton, self.source)
         self.fingerprint = fingerprint(self.source.entries)
@@ -112,8 +113,7 @@ class _Run:
             job.lock()
         job.check_facts(self._facts())
         self.job = job
-        self.reader = PrefetchingFolder(folder, self.source.base_prefix, pin=self.device.type == "cuda")
-        self.executor = make_executor(self.job, self.reader, self.device, config.num_gpus)
+        self.executor = make_executor(self.job, self.source, self.device, config.num_gpus)
         self.figures = {name: self.job.figures(name) or {} for name in done}
 
     # -- before any work ------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class _Run:
             self._quantize_blocks()
         finally:
             self.executor.close()
-            self.reader.close()
+            self.source.close()
         self._write_checkpoints()
         perplexities = self._evaluate()
         return self._conclude(perplexities)
@@ -238,7 +238,7 @@ class _Run:
         runner, states = None, None
         if self.tokens is not None:
             self.progress.phase("calibrating")
-            runner = BlockRunner(self.skeleton, self.reader, self.device, self.dtype)
+            runner = BlockRunner(self.skeleton, self.source, self.device, self.dtype)
             states = runner.embed(token_batches(self.tokens.tokens))
         for block in range(len(self.skeleton.blocks)):
             fresh: list[Hessian] = []
@@ -259,7 +259,7 @@ class _Run:
             runner.run_block_(block, states, lambda: self.progress.advance(units))
         runner.unload_block(block)
         if block < self.last_forward_block:
-            self.reader.prefetch(runner.block_parameters(block + 1))
+            self.source.prefetch(runner.block_parameters(block + 1))
         fresh = watcher.collect()
         if self.store is not None and self.tokens is not None:
             calibration = self.config.calibration

@@ -71,3 +71,8 @@ def squared_distances(vectors: Tensor, centroids: Tensor, assignments: Tensor, e
     """
     squares = (vectors - centroids[assignments]).square_()
     return (squares if element_weights is None else squares.mul_(element_weights)).sum(1)
+
+
+def weigh(distances: Tensor, weights: Tensor) -> Tensor:
+    """Weighted errors of `squared_distances`, (n,): times weights (n,); weights (n, v), one an element, are in them already."""
+    return distances * weights if weights.ndim == 1 else distances

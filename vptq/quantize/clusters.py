@@ -28,7 +28,7 @@ class Clusters(Protocol):
         """Assign the vectors of the entries in `active` anew, in place. centroids: (B, k, v) float32."""
 
     def nearest(self, centroids: Tensor) -> Tensor:
-        """Assign all and forget sums. centroids: (B, k, v) float32; returns assignments, (B, n) int32."""
+        """Assign all, and that alone: no errors, no sums. centroids: (B, k, v) float32; returns (B, n) int32."""
 
     def means(self, centroids: Tensor, active: list[int]) -> Tensor:
         """Centroids moved to the weighted mean of their vectors, the same bits every run.
@@ -57,6 +57,5 @@ def make_clusters(vectors: Tensor, weights: VectorWeights, num_centroids: int) -
 
 def find_nearest(vectors: Tensor, weights: VectorWeights, centroids: Tensor) -> Tensor:
     """The nearest centroid of every vector, by the kernels or plainly. (n, v), of n vectors, (k, v) -> (n,) int64."""
-    batch = VectorWeights(weights.whole[None], weights.ragged[None])
-    clusters = make_clusters(vectors[None], batch, len(centroids))
+    clusters = make_clusters(vectors[None], VectorWeights.stack([weights]), len(centroids))
     return clusters.nearest(centroids[None])[0].long()

@@ -59,6 +59,11 @@ def split_vectors(matrix: Tensor, geometry: Geometry, vector_len: int) -> Tensor
     return padded.reshape(out_features, -1, vector_len).contiguous()
 
 
+def as_batch(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape (...) as (number of them, ...); one alone is not copied."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
 @dataclass(frozen=True)
 class VectorWeights:
     """How much the vectors of k-means matter: first those whose elements all weigh the same, then those with a weight each.
@@ -81,7 +86,7 @@ class VectorWeights:
     @staticmethod
     def stack(entries: Sequence[VectorWeights]) -> VectorWeights:
         """Several of one shape as a batch."""
-        return VectorWeights(torch.stack([e.whole for e in entries]), torch.stack([e.ragged for e in entries]))
+        return VectorWeights(as_batch([e.whole for e in entries]), as_batch([e.ragged for e in entries]))
 
     def entry(self, number: int) -> VectorWeights:
         """One entry of a batch."""

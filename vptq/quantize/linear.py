@@ -16,7 +16,15 @@ from vptq.errors import NumericalError, UsageError, VptqError
 from vptq.geometry import Geometry, plan_geometry
 from vptq.quantize.codebook import store_codebook
 from vptq.quantize.kmeans import KMeansResult, batched_kmeans
-from vptq.quantize.layout import Normalisation, VectorWeights, importance_order, normalise, split_vectors, vector_weights
+from vptq.quantize.layout import (
+    Normalisation,
+    VectorWeights,
+    as_batch,
+    importance_order,
+    normalise,
+    split_vectors,
+    vector_weights,
+)
 from vptq.quantize.metric import InverseFactor, ProxyError, factor_inverse, scale_metric
 from vptq.quantize.result import Codebook, QuantizedWeight
 from vptq.quantize.segments import Segment, SweepResult
@@ -152,13 +160,9 @@ def _quantize(
 def _sweep(
     problems: list[Problem], segments: list[list[Segment]], geometry: Geometry, config: LinearConfig
 ) -> list[SweepResult]:
-    weights = _stacked([problem.weight for problem in problems])
-    inv_chols = _stacked([problem.factor.inv_chol for problem in problems])
+    weights = as_batch([problem.weight for problem in problems])
+    inv_chols = as_batch([problem.factor.inv_chol for problem in problems])
     return sweep_linears(weights, inv_chols, segments, geometry, config.blocksize)
-
-
-def _stacked(matrices: list[Tensor]) -> Tensor:
-    return matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)
 
 
 def _report(problem: Problem, error_kmeans: float, error_sweep: float, error_residual: float | None) -> LinearReport:
@@ -253,7 +257,7 @@ class _Codebooks:
         batch = VectorWeights.stack(weights)
         size = self.geometry.out_features if self.geometry.vector_quant_dim == "out" else runs[0].stop - runs[0].start
         found = batched_kmeans(
-            torch.stack(vectors),
+            as_batch(vectors),
             batch.one_a_vector(padded=size % vector_len != 0) if per_vector else batch,
             num_centroids,
             iterations=self.config.kiter,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vptq.quantize.assign import assign_nearest_two, squared_distances
+from vptq.quantize.assign import assign_nearest, assign_nearest_two, squared_distances, weigh
 from vptq.quantize.fixed_point import FixedPointSums
 from vptq.quantize.layout import VectorWeights
 
@@ -45,23 +45,25 @@ class PlainClusters:
         else:
             own = squared_distances(vectors, centroids, assigned, own_weights)
             bounds -= _approach(centroids - last, assigned, own_weights)
-            errors.copy_(own if own_weights is not None else own * weights)
+            errors.copy_(weigh(own, weights))
             searched = own.sqrt_() * ROUNDING_UP >= bounds
         number = torch.nonzero(searched)[:, 0]
         if not len(number):
             return
-        if len(number) == len(vectors):
-            few, few_weights = vectors, own_weights
-        else:
-            few, few_weights = vectors[number], None if own_weights is None else own_weights[number]
-        found, second = assign_nearest_two(few, centroids, few_weights)
-        assigned[number] = found.int()
-        bounds[number] = second
-        reached = squared_distances(few, centroids, found, few_weights)
-        errors[number] = reached if own_weights is not None else reached * weights[number]
+        chosen = slice(None) if len(number) == len(vectors) else number
+        few, few_weights = vectors[chosen], weights[chosen]
+        few_own = few_weights if few_weights.ndim == 2 else None
+        found, second = assign_nearest_two(few, centroids, few_own)
+        assigned[chosen] = found.int()
+        bounds[chosen] = second
+        errors[chosen] = weigh(squared_distances(few, centroids, found, few_own), few_weights)
 
     def nearest(self, centroids: Tensor) -> Tensor:
-        self.assign(centroids, list(range(len(centroids))))
+        for entry, vectors in enumerate(self.vectors):
+            for run, weights in self.weights.entry(entry).parts():
+                found = assign_nearest(vectors[run], centroids[entry], weights if weights.ndim == 2 else None)
+                self.assignments[entry, run] = found.int()
+            self._last[entry] = self._sums[entry] = None
         return self.assignments
 
     def means(self, centroids: Tensor, active: list[int]) -> Tensor:
@@ -92,8 +94,7 @@ def cluster_sums(vectors: Tensor, weights: VectorWeights, assignments: Tensor, n
     A CPU adds in order, in float64. A GPU adds in any order, so there terms are rounded to fixed point first.
     """
     if vectors.is_cuda:
-        batch = VectorWeights(weights.whole[None], weights.ragged[None])
-        fixed = FixedPointSums.empty(vectors[None], batch, num_centroids)
+        fixed = FixedPointSums.empty(vectors[None], VectorWeights.stack([weights]), num_centroids)
         for run, part in weights.parts():
             fixed.add(0, assignments[run].long(), vectors[run], part)
         products, totals = fixed.decode()

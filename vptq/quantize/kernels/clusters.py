@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vptq.quantize.assign import assign_nearest, squared_distances
+from vptq.quantize.assign import assign_nearest, squared_distances, weigh
 from vptq.quantize.fixed_point import FixedPointSums
 from vptq.quantize.kernels.features import CentroidRows, Frame, Layout, choose_layout, make_frame, vector_rows
 from vptq.quantize.kernels.launch import num_programs
@@ -48,10 +49,15 @@ class KernelClusters:
         self.vectors, self.weights = vectors, weights
         self.assignments = torch.zeros(batch, count, dtype=torch.int32, device=vectors.device)
         self.errors = torch.zeros(batch, count, device=vectors.device)
-        self.fixed = FixedPointSums.empty(vectors, weights, num_centroids)
+        self.num_centroids = num_centroids
         self._active: tuple[list[int], Tensor] | None = None
         frame = make_frame(vectors)
         self.parts = [self._part(frame, run, part, num_centroids) for run, part in weights.parts()]
+
+    @functools.cached_property
+    def fixed(self) -> FixedPointSums:
+        """The cluster sums, made when they are first wanted."""
+        return FixedPointSums.empty(self.vectors, self.weights, self.num_centroids)
 
     def _part(self, frame: Frame, run: slice, weights: Tensor, num_centroids: int) -> _Part:
         vectors, weights = self.vectors[:, run].contiguous(), weights.contiguous()
@@ -91,10 +97,10 @@ class KernelClusters:
         """The few vectors beyond float16's range, in plain float32."""
         numbers = part.far_numbers[entry]
         vectors, weights = part.vectors[entry, numbers], part.weights[entry, numbers]
-        found = assign_nearest(vectors, centroids, weights if part.layout.weighted else None)
+        element_weights = weights if part.layout.weighted else None
+        found = assign_nearest(vectors, centroids, element_weights)
         self.assignments[entry, part.run][numbers] = found.int()
-        reached = squared_distances(vectors, centroids, found, weights if part.layout.weighted else None)
-        self.errors[entry, part.run][numbers] = reached if part.layout.weighted else reached * weights
+        self.errors[entry, part.run][numbers] = weigh(squared_distances(vectors, centroids, found, element_weights), weights)
         if sums is not None:
             sums.add(entry, found, vectors, weights)
 

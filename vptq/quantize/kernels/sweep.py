@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vptq.geometry import Geometry
 from vptq.quantize.kernels.sweep_block import ROWS, Stage, make_stage, sweep_block_in, sweep_block_out
+from vptq.quantize.layout import as_batch
 from vptq.quantize.result import join_vectors, look_up
 from vptq.quantize.segments import Segment, SweepResult
 
@@ -23,7 +24,7 @@ def sweep_by_kernels(
     sweeper = _AlongOut if geometry.vector_quant_dim == "out" else _AlongIn
     parts = []
     for number, segment in enumerate(segments[0]):
-        books = [torch.stack(stages) for stages in zip(*(own[number].stages for own in segments), strict=True)]
+        books = [as_batch(stages) for stages in zip(*(own[number].stages for own in segments), strict=True)]
         part = sweeper(segment, books, inv_chols, geometry)
         step = part.block_columns(blocksize)
         for start in range(segment.start, segment.end, step):
