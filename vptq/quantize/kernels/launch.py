@@ -12,6 +12,11 @@ def num_programs(size: int, block: int) -> int:
     return -(-size // block)
 
 
+def register_width(vector_len: int) -> int:
+    """Elements that a vector takes in registers: a power of two, at least 2."""
+    return max(2, 1 << (vector_len - 1).bit_length())
+
+
 def packed_maximum() -> bool:
     """Whether a maximum of two float16 numbers in one register can be had (an NVIDIA instruction, not in the interpreter)."""
     return not interpreting() and torch.version.hip is None

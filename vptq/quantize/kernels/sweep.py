@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vptq.geometry import Geometry
+from vptq.quantize.kernels.launch import register_width
 from vptq.quantize.kernels.sweep_block import ROWS, Stage, make_stage, sweep_block_in, sweep_block_out
 from vptq.quantize.layout import as_batch
 from vptq.quantize.result import join_vectors, look_up
@@ -76,8 +77,7 @@ class _AlongOut(_Part):
         return make_stage(book, torch.stack([book, without], 1))
 
     def block_columns(self, blocksize: int) -> int:
-        padded = 1 << (self.vector_len - 1).bit_length()
-        return max(1, min(blocksize, 128, MOST_ELEMENTS // (ROWS * padded)))
+        return max(1, min(blocksize, 128, MOST_ELEMENTS // (ROWS * register_width(self.vector_len))))
 
     def sweep_block(self, remaining: Tensor, errors: Tensor, start: int, end: int) -> None:
         sweep_block_out(remaining, self.inv_chols, errors, self.stages, self.indices, self.segment.start, start, end)
@@ -101,9 +101,7 @@ class _AlongIn(_Part):
             cut = inverse[:, :, : self.vector_len, : self.vector_len]
             searched = torch.stack([own @ tiles for own, tiles in zip(book, cut, strict=True)])
             stages.append(make_stage(book, searched))
-        sweep_block_in(
-            remaining, self.inv_chols, inverse, errors, stages, self.indices, self.segment.start, start, end
-        )  # fmt: skip
+        sweep_block_in(remaining, self.inv_chols, inverse, errors, stages, self.indices, self.segment.start, start, end)
 
     def _tiles(self, start: int, end: int, width: int) -> Tensor:
         """U_tt of the tiles of [start, end), (L, tiles, width, width); zero past a last tile that is narrower."""
@@ -119,7 +117,7 @@ class _AlongIn(_Part):
 
     def _inverse_tiles(self, start: int, end: int) -> Tensor:
         """U_tt⁻¹ padded with zeros to a power of two: padding adds nothing to any distance."""
-        width = max(2, 1 << (self.vector_len - 1).bit_length())
+        width = register_width(self.vector_len)
         tiles = self._tiles(start, end, width)
         padding = tiles.diagonal(dim1=2, dim2=3) == 0
         tiles.diagonal(dim1=2, dim2=3)[padding] = 1

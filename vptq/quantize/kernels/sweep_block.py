@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vptq.quantize.kernels.features import FAR_VECTOR, LANES, CentroidRows, Frame, Layout, choose_layout, make_frame
-from vptq.quantize.kernels.launch import num_programs, packed_maximum
+from vptq.quantize.kernels.launch import num_programs, packed_maximum, register_width
 from vptq.quantize.kernels.nearest import MINUS_INFINITY_TWICE, best_group
 
 ROWS = 16  # vectors a program: the least the tensor cores take
@@ -66,18 +66,12 @@ def sweep_block_out(
         remaining, errors: (L, out, in) float32. inv_chol: (L, in, in) float32.
         indices: a stage: (L, rows, columns) int32, written from column start - first on.
     """
-    linears, out_features, in_features = remaining.shape
-    vector_len = stages[0].centroids.shape[2]
+    out_features, vector_len = remaining.shape[1], stages[0].layout.vector_len
     full, padded = divmod(out_features, vector_len)
     full_programs = num_programs(full, ROWS)
-    grid = (full_programs + bool(padded), linears)
-    width = triton.next_power_of_2(max(vector_len, 2))
-    scratch = torch.empty(linears * grid[0], ROWS, width, device=remaining.device)
-    _sweep_out[grid](
-        remaining, inv_chol, errors, scratch, *_stage_arguments(stages, indices),
-        out_features, in_features, start, end, start - first, full, full_programs,
-        **_constants(stages, width, end - start), num_warps=8,
-    )  # fmt: skip
+    programs, width = full_programs + bool(padded), register_width(vector_len)
+    own = (start - first, full, full_programs)
+    _launch(_sweep_out, programs, width, remaining, inv_chol, errors, stages, indices, start, end, own)
 
 
 def sweep_block_in(
@@ -97,14 +91,30 @@ def sweep_block_in(
         inverse_tiles: (L, tiles, width, width) float32, U_tt⁻¹ of each tile of the block, zero-padded to a power of two.
         indices: a stage: (L, rows, tiles of the segment) int32, written from tile (start - first) / v on.
     """
+    programs, width = num_programs(remaining.shape[1], ROWS), inverse_tiles.shape[-1]
+    own = ((start - first) // stages[0].layout.vector_len, inverse_tiles.shape[1], inverse_tiles)
+    _launch(_sweep_in, programs, width, remaining, inv_chol, errors, stages, indices, start, end, own)
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    programs: int,
+    width: int,
+    remaining: Tensor,
+    inv_chol: Tensor,
+    errors: Tensor,
+    stages: list[Stage],
+    indices: list[Tensor],
+    start: int,
+    end: int,
+    own: tuple[int | Tensor, ...],
+) -> None:
+    """Launch `programs` for each linear. own: the arguments that only this kernel has, its last ones."""
     linears, out_features, in_features = remaining.shape
-    vector_len = stages[0].centroids.shape[2]
-    grid = (num_programs(out_features, ROWS), linears)
-    width = inverse_tiles.shape[-1]
-    scratch = torch.empty(linears * grid[0], ROWS, width, device=remaining.device)
-    _sweep_in[grid](
-        remaining, inv_chol, inverse_tiles, errors, scratch, *_stage_arguments(stages, indices),
-        out_features, in_features, start, end, (start - first) // vector_len, inverse_tiles.shape[1],
+    scratch = torch.empty(linears * programs, ROWS, width, device=remaining.device)
+    kernel[(programs, linears)](
+        remaining, inv_chol, errors, scratch, *_stage_arguments(stages, indices),
+        out_features, in_features, start, end, *own,
         **_constants(stages, width, end - start), num_warps=8,
     )  # fmt: skip
 
@@ -222,6 +232,27 @@ def _search(
 
 
 @triton.jit
+def _choose(
+    searched, rest, there, kept, place, linear, entry, scratch,
+    rows_ptr, grouped_ptr, book_ptr, centre_ptr, scale_ptr, index_ptr, num_centroids, supers,
+    VECTOR_LEN: tl.constexpr, WIDTH: tl.constexpr, FEATURES: tl.constexpr, ELEMENTS: tl.constexpr,
+    SPLIT: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, PACKED: tl.constexpr,
+    NOTHING: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """One stage: find the centroids nearest to `searched`, store their indices, and take them off `rest`.
+
+    searched, rest: (ROWS, WIDTH); there: (ROWS,), rows that are; kept: elements that are; place: (ROWS,) of the indices.
+    """
+    found = _search(
+        searched, there, scratch, rows_ptr, grouped_ptr, centre_ptr, scale_ptr, num_centroids, supers, entry,
+        VECTOR_LEN, WIDTH, FEATURES, ELEMENTS, SPLIT, TILES, ROWS, LANES, PACKED, NOTHING, FAR,
+    )  # fmt: skip
+    tl.store(index_ptr + place, found, mask=there)
+    book = book_ptr + (linear * num_centroids + found)[:, None] * VECTOR_LEN + tl.arange(0, WIDTH)[None, :]
+    return tl.where(kept, rest - tl.load(book, mask=kept, other=0.0), 0.0)
+
+
+@triton.jit
 def _sweep_out(
     w_ptr, u_ptr, e_ptr, scratch, sets, index_rows, index_columns,
     rows_ptr, grouped_ptr, book_ptr, centre_ptr, scale_ptr, index_ptr, num_centroids, supers,
@@ -254,22 +285,18 @@ def _sweep_out(
     )  # fmt: skip
     for j in tl.range(0, end - start, num_stages=1):
         x = tl.reshape(tl.sum(tl.where((column == j)[None, :], block, 0.0), 1), (ROWS, WIDTH))
-        found = _search(
-            x, vector < limit, scratch, rows_ptr, grouped_ptr, centre_ptr, scale_ptr, num_centroids, supers, entry,
+        place = (linear * index_rows + vector) * index_columns + index_start + j
+        x = _choose(
+            x, x, vector < limit, valid, place, linear, entry, scratch,
+            rows_ptr, grouped_ptr, book_ptr, centre_ptr, scale_ptr, index_ptr, num_centroids, supers,
             VECTOR_LEN, WIDTH, FEATURES, ELEMENTS, SPLIT, TILES, ROWS, LANES, PACKED, NOTHING, FAR,
         )  # fmt: skip
-        place = (linear * index_rows + vector) * index_columns + index_start + j
-        tl.store(index_ptr + place, found, mask=vector < limit)
-        book = book_ptr + (linear * num_centroids + found)[:, None] * VECTOR_LEN + element[None, :]
-        x = tl.where(valid, x - tl.load(book, mask=valid, other=0.0), 0.0)
         if RESIDUAL:
-            found = _search(
-                x, vector < limit, scratch, rows2_ptr, grouped2_ptr, centre2_ptr, scale2_ptr, num_centroids2, supers2, entry,
+            x = _choose(
+                x, x, vector < limit, valid, place, linear, entry, scratch,
+                rows2_ptr, grouped2_ptr, book2_ptr, centre2_ptr, scale2_ptr, index2_ptr, num_centroids2, supers2,
                 VECTOR_LEN, WIDTH, FEATURES, ELEMENTS, SPLIT, RESIDUAL_TILES, ROWS, LANES, PACKED, NOTHING, FAR,
             )  # fmt: skip
-            tl.store(index2_ptr + place, found, mask=vector < limit)
-            book = book2_ptr + (linear * num_centroids2 + found)[:, None] * VECTOR_LEN + element[None, :]
-            x = tl.where(valid, x - tl.load(book, mask=valid, other=0.0), 0.0)
         u_row = u_ptr + (start + j).to(tl.int64) * in_features + start
         error = x / tl.load(u_row + j)
         tl.store(e_ptr + out_row.to(tl.int64) * in_features + start + j, error, mask=valid)
@@ -279,10 +306,10 @@ def _sweep_out(
 
 @triton.jit
 def _sweep_in(
-    w_ptr, u_ptr, inverse_ptr, e_ptr, scratch, sets, index_rows, index_columns,
+    w_ptr, u_ptr, e_ptr, scratch, sets, index_rows, index_columns,
     rows_ptr, grouped_ptr, book_ptr, centre_ptr, scale_ptr, index_ptr, num_centroids, supers,
     rows2_ptr, grouped2_ptr, book2_ptr, centre2_ptr, scale2_ptr, index2_ptr, num_centroids2, supers2,
-    out_features, in_features, start, end, index_start, tiles,
+    out_features, in_features, start, end, index_start, tiles, inverse_ptr,
     VECTOR_LEN: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
     ELEMENTS: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr, RESIDUAL_TILES: tl.constexpr, RESIDUAL: tl.constexpr,
     LANES: tl.constexpr, PACKED: tl.constexpr, NOTHING: tl.constexpr, FAR: tl.constexpr,
@@ -307,24 +334,18 @@ def _sweep_in(
         there = (element < VECTOR_LEN) & (start + tile * VECTOR_LEN + element < end)
         inverse = inverse_ptr + (linear * tiles + tile) * (WIDTH * WIDTH)
         inverse = tl.load(inverse + element[:, None] * WIDTH + element[None, :])
-        found = _search(
-            tl.sum(left[:, :, None] * inverse[None, :, :], 1),
-            valid, scratch, rows_ptr, grouped_ptr, centre_ptr, scale_ptr, num_centroids, supers, entry,
+        place = (linear * index_rows + row) * index_columns + index_start + tile
+        left = _choose(
+            tl.sum(left[:, :, None] * inverse[None, :, :], 1), left, valid, there[None, :], place, linear, entry, scratch,
+            rows_ptr, grouped_ptr, book_ptr, centre_ptr, scale_ptr, index_ptr, num_centroids, supers,
             VECTOR_LEN, WIDTH, FEATURES, ELEMENTS, SPLIT, TILES, ROWS, LANES, PACKED, NOTHING, FAR,
         )  # fmt: skip
-        place = (linear * index_rows + row) * index_columns + index_start + tile
-        tl.store(index_ptr + place, found, mask=valid)
-        book = book_ptr + (linear * num_centroids + found)[:, None] * VECTOR_LEN + element[None, :]
-        left = tl.where(there[None, :], left - tl.load(book, mask=there[None, :], other=0.0), 0.0)
         if RESIDUAL:
-            found = _search(
-                tl.sum(left[:, :, None] * inverse[None, :, :], 1),
-                valid, scratch, rows2_ptr, grouped2_ptr, centre2_ptr, scale2_ptr, num_centroids2, supers2, entry,
+            left = _choose(
+                tl.sum(left[:, :, None] * inverse[None, :, :], 1), left, valid, there[None, :], place, linear, entry, scratch,
+                rows2_ptr, grouped2_ptr, book2_ptr, centre2_ptr, scale2_ptr, index2_ptr, num_centroids2, supers2,
                 VECTOR_LEN, WIDTH, FEATURES, ELEMENTS, SPLIT, RESIDUAL_TILES, ROWS, LANES, PACKED, NOTHING, FAR,
             )  # fmt: skip
-            tl.store(index2_ptr + place, found, mask=valid)
-            book = book2_ptr + (linear * num_centroids2 + found)[:, None] * VECTOR_LEN + element[None, :]
-            left = tl.where(there[None, :], left - tl.load(book, mask=there[None, :], other=0.0), 0.0)
         error = tl.sum(left[:, :, None] * inverse[None, :, :], 1)
         here = start + tile * VECTOR_LEN + element
         target = e_ptr + row.to(tl.int64)[:, None] * in_features + here[None, :]
