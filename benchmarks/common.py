@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import statistics
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from vptq.config import LinearConfig
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,27 @@ def measure_ceilings(device: torch.device) -> Ceilings:
         matrix=operations / timed(lambda: narrow @ narrow).median,
         matrix32=operations / timed(lambda: wide @ wide).median,
         copy=2.0 * data.numel() / timed(lambda: other.copy_(data)).median,
+    )
+
+
+def add_linear_arguments(parser: argparse.ArgumentParser, vector_len: int, num_centroids: int, ktol: float) -> None:
+    """The settings of a linear that benchmarks take, with these defaults; `linear_config` reads them."""
+    parser.add_argument("--vector_len", type=int, default=vector_len)
+    parser.add_argument("--num_centroids", type=int, default=num_centroids)
+    parser.add_argument("--num_res_centroids", type=int, default=-1)
+    parser.add_argument("--vector_quant_dim", choices=["out", "in"], default="out")
+    parser.add_argument("--kiter", type=int, default=100)
+    parser.add_argument("--ktol", type=float, default=ktol, help="0: all iterations, so that times compare")
+
+
+def linear_config(given: argparse.Namespace) -> LinearConfig:
+    return LinearConfig(
+        vector_lens=(-1, given.vector_len),
+        num_centroids=(-1, given.num_centroids),
+        num_res_centroids=(-1, given.num_res_centroids),
+        vector_quant_dim=given.vector_quant_dim,
+        kiter=given.kiter,
+        ktol=given.ktol,
     )
 
 

@@ -15,7 +15,18 @@ import time
 
 import torch
 
-from benchmarks.common import Ceilings, Timing, default_device, describe, measure_ceilings, show_table, timed, wait
+from benchmarks.common import (
+    Ceilings,
+    Timing,
+    add_linear_arguments,
+    default_device,
+    describe,
+    linear_config,
+    measure_ceilings,
+    show_table,
+    timed,
+    wait,
+)
 from vptq.config import LinearConfig
 from vptq.geometry import plan_geometry
 from vptq.quantize.linear import quantize_linear
@@ -35,12 +46,7 @@ def make_problem(out_features: int, in_features: int, device: torch.device) -> t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["4096x4096"], metavar="OUTxIN")
-    parser.add_argument("--vector_len", type=int, default=8)
-    parser.add_argument("--num_centroids", type=int, default=65536)
-    parser.add_argument("--num_res_centroids", type=int, default=-1)
-    parser.add_argument("--vector_quant_dim", choices=["out", "in"], default="out")
-    parser.add_argument("--kiter", type=int, default=100)
-    parser.add_argument("--ktol", type=float, default=0.0, help="0: all iterations, so that times compare")
+    add_linear_arguments(parser, vector_len=8, num_centroids=65536, ktol=0.0)
     parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
@@ -49,14 +55,7 @@ def main() -> None:
     print(ceilings)
     wide = torch.randn(2048, 2048, dtype=torch.float64, device=given.device)
     rate64 = 2 * 2048**3 / timed(lambda: wide @ wide).median
-    config = LinearConfig(
-        vector_lens=(-1, given.vector_len),
-        num_centroids=(-1, given.num_centroids),
-        num_res_centroids=(-1, given.num_res_centroids),
-        vector_quant_dim=given.vector_quant_dim,
-        kiter=given.kiter,
-        ktol=given.ktol,
-    )
+    config = linear_config(given)
     rows = []
     for shape in given.shapes:
         rows += measure(shape, config, given, ceilings, rate64)

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
-from benchmarks.common import default_device, describe, measure_ceilings, show_table
+from benchmarks.common import add_linear_arguments, default_device, describe, linear_config, measure_ceilings, show_table
 from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
 from vptq.models.architecture import DEMO
 from vptq.pipeline.progress import Silent
@@ -100,11 +100,7 @@ def main() -> None:
     parser.add_argument("--kv_heads", type=int, default=32)
     parser.add_argument("--vocab_size", type=int, default=32000)
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--vector_len", type=int, default=6)
-    parser.add_argument("--num_centroids", type=int, default=4096)
-    parser.add_argument("--num_res_centroids", type=int, default=-1)
-    parser.add_argument("--kiter", type=int, default=100)
-    parser.add_argument("--ktol", type=float, default=LinearConfig().ktol)
+    add_linear_arguments(parser, vector_len=6, num_centroids=4096, ktol=LinearConfig().ktol)
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seq_len", type=int, default=4096)
     parser.add_argument("--num_gpus", type=int, default=1)
@@ -133,13 +129,7 @@ def main() -> None:
 
 
 def run(given: argparse.Namespace, model: Path, text: Path) -> None:
-    linear = LinearConfig(
-        vector_lens=(-1, given.vector_len),
-        num_centroids=(-1, given.num_centroids),
-        num_res_centroids=(-1, given.num_res_centroids),
-        kiter=given.kiter,
-        ktol=given.ktol,
-    )
+    linear = linear_config(given)
     calibration = CalibrationConfig(dataset=str(text), nsamples=given.nsamples, seq_len=given.seq_len)
     clock = PhaseClock()
     with tempfile.TemporaryDirectory(dir=given.folder) as output:
