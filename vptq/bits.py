@@ -24,6 +24,7 @@ from vptq.models.shapes import LinearShape, ModelShapes
 IDEAL_ITEMS = ("indices", "residual_indices", "outlier_indices", "codebooks", "residual_codebooks", "outlier_codebooks")
 EXTRA_ITEMS = ("padding", "codebook_scales", "perm", "scale_and_offset")
 ITEMS = IDEAL_ITEMS + EXTRA_ITEMS
+SCALES = ("weight_scale", "weight_bias", "row_scale")
 KIND_BITS = {"int32": 32, "int16": 16}
 
 
@@ -96,26 +97,40 @@ def _ratio(bits: int, weights: int) -> float:
     return float(f"{bits / weights:.16g}")
 
 
-def linear_bits(name: str, config: LinearConfig, geometry: Geometry, float_bits: int = 16) -> LinearBits:
-    """Bits of one linear under a setting. float_bits: of the model's float type, 16 or 32."""
-    layer = LayerConfig.of(config, geometry, bias=False)
+def linear_bits(
+    name: str, config: LinearConfig, geometry: Geometry, float_bits: int = 16, codebook_of: str = ""
+) -> LinearBits:
+    """Bits of one linear under a setting.
+
+    Args:
+        float_bits: of the model's float type, 16 or 32. codebook_of: the linear that stores a shared codebook, if another.
+    """
+    layer = LayerConfig.of(config, geometry, bias=False, codebook_of=codebook_of)
     stored = stored_bits(layer, float_bits)
+    books = geometry.group_num if layer.stores_codebook else 0
     outlier_k = layer.num_centroids[0]
     # An ideal number is `bitwidth` bits; a float32 model's floats are stored wider, and counted as they are.
     number = config.bitwidth if config.bitwidth < FLOAT_BITWIDTH else float_bits
     k, k_res, v = config.num_centroids[1], max(config.num_res_centroids[1], 0), config.vector_len
     items = {
-        "indices": geometry.num_vectors * index_bits(k),
+        "indices": _num_vectors(geometry) * (layer.trellis_bits or index_bits(k)),
         "residual_indices": geometry.num_vectors * index_bits(k_res),
         "outlier_indices": geometry.num_outlier_vectors * index_bits(outlier_k),
-        "codebooks": geometry.group_num * k * v * number,
-        "residual_codebooks": geometry.group_num * k_res * v * number,
+        "codebooks": books * k * v * number,
+        "residual_codebooks": books * k_res * v * number,
         "outlier_codebooks": outlier_k * layer.vector_lens[0] * number if geometry.outlier_size else 0,
         "codebook_scales": sum(bits for n, bits in stored.items() if n.endswith(".scales")),
         "perm": stored.get("perm", 0),
-        "scale_and_offset": stored.get("weight_scale", 0) + stored.get("weight_bias", 0),
+        "scale_and_offset": sum(stored.get(key, 0) for key in SCALES),
     }
     return LinearBits(name, geometry.out_features * geometry.in_features, _with_padding(items, stored))
+
+
+def _num_vectors(geometry: Geometry) -> int:
+    """Vectors that hold weights: those that only fill a ring up are padding."""
+    if not geometry.ring_len:
+        return geometry.num_vectors
+    return math.ceil(geometry.out_features / geometry.vector_len) * geometry.in_features
 
 
 def _with_padding(items: dict[str, int], stored: Mapping[str, int]) -> dict[str, int]:
@@ -140,7 +155,8 @@ def model_bits(shapes: ModelShapes, config: LinearConfig) -> ModelBits:
         geometry, reasons = plan_geometry(linear.out_features, linear.in_features, config)
         faults += [f"{linear.name}: {reason}" for reason in reasons]
         if geometry is not None:
-            found.append(linear_bits(linear.name, config, geometry, shapes.float_bits))
+            owner = found[0].name if found and config.is_shared else ""
+            found.append(linear_bits(linear.name, config, geometry, shapes.float_bits, owner))
     if faults:
         raise UsageError("the settings do not fit", where=faults, hint="change --group_num, or set --npercent above 0")
     return ModelBits(tuple(found), shapes.other_weights * shapes.float_bits, shapes.other_weights)
@@ -167,13 +183,13 @@ def checkpoint_bits(folder: Path) -> ModelBits:
 
 def _checkpoint_linear(name: str, layer: LayerConfig, stored: dict[str, int]) -> LinearBits:
     geometry = layer.geometry
-    vectors = geometry.num_vectors
+    vectors = _num_vectors(geometry)
 
     def codebook(part: str) -> int:
         return stored.get(f"{part}.weight", 0) + stored.get(f"{part}.packed", 0)
 
     items = {
-        "indices": vectors * layer.main_bits,
+        "indices": vectors * (layer.trellis_bits or layer.main_bits),
         "residual_indices": vectors * layer.residual_bits,
         "outlier_indices": geometry.num_outlier_vectors * index_bits(layer.num_centroids[0]),
         "codebooks": codebook("centroids"),
@@ -181,6 +197,6 @@ def _checkpoint_linear(name: str, layer: LayerConfig, stored: dict[str, int]) ->
         "outlier_codebooks": codebook("outlier_centroids"),
         "codebook_scales": sum(bits for key, bits in stored.items() if key.endswith(".scales")),
         "perm": stored.get("perm", 0),
-        "scale_and_offset": stored.get("weight_scale", 0) + stored.get("weight_bias", 0),
+        "scale_and_offset": sum(stored.get(key, 0) for key in SCALES),
     }
     return LinearBits(name, layer.in_features * layer.out_features, _with_padding(items, stored))

@@ -14,10 +14,16 @@ from vptq.errors import UsageError
 
 VectorQuantDim = Literal["out", "in"]
 KMeansMode = Literal["hessian", "uniform"]
+RotationKind = Literal["none", "hadamard"]
+CodebookScope = Literal["group", "linear", "shared"]
+CodebookSource = Literal["gaussian", "model"]
+ScaleScope = Literal["linear", "row"]
+HessianKind = Literal["input", "fisher"]
 OFF = -1
 MAX_CENTROIDS = 65536
 MAX_VECTOR_LEN = 32
 FLOAT_BITWIDTH = 16
+MAX_STATE_BITS = 16
 DEFAULT_SEQ_LEN = 2048
 HUB_NAMES = ("wikitext2", "c4", "c4-new")  # datasets known by name
 
@@ -42,10 +48,27 @@ class LinearConfig:
     vector_quant_dim: VectorQuantDim = option("out", "vectors", "direction a vector runs in: out (rows) or in (columns)")
     bitwidth: int = option(FLOAT_BITWIDTH, "vectors", "bits of each stored codebook number, 2 to 16 (16 = model's float)")
     bsize: int = option(16, "vectors", "centroids that share one scale where --bitwidth is under 16")
-    enable_norm: bool = option(True, "vectors", "normalise every input column by its mean and standard deviation")
+    enable_norm: bool | None = option(
+        None, "vectors", "normalise every input column by its mean and standard deviation (default: on; off with a shared codebook)"
+    )
     enable_perm: bool = option(True, "vectors", "order the columns by falling Hessian diagonal")
     absorb_perm: bool = option(
         False, "vectors", "store the indices in the original column order and no perm (one group, no outliers)"
+    )
+    rotation: RotationKind = option("none", "rotation", "hadamard: rotate inputs and outputs, so that weights become Gaussian")
+    rotation_seed: int = option(0, "rotation", "seed of the rotation's signs")
+    codebook_scope: CodebookScope = option(
+        "group", "rotation", "codebooks of its own for every group or linear, or one shared by the whole model"
+    )
+    codebook_source: CodebookSource = option(
+        "gaussian", "rotation", "a shared codebook is that of a Gaussian, or trained on the model's own weights"
+    )
+    trellis_bits: int = option(
+        OFF, "rotation", "bits stored a vector on a bitshift trellis over the shared codebook (-1 = off: all bits of an index)"
+    )
+    scale_scope: ScaleScope = option("linear", "rotation", "with a shared codebook: one scale a linear, or one a row")
+    row_groups: int = option(
+        1, "rotation", "groups of output rows with a rotation, a scale and, with --hessian fisher, a metric of their own"
     )
     blocksize: int = option(128, "algorithm", "columns between two trailing updates of the sweep")
     percdamp: float = option(0.01, "algorithm", "damping: this fraction of the mean Hessian diagonal")
@@ -53,6 +76,10 @@ class LinearConfig:
     kiter: int = option(100, "algorithm", "most k-means iterations")
     ktol: float = option(1e-5, "algorithm", "k-means stops when an iteration gains less than this part of the objective")
     kseed: int = option(0, "algorithm", "seed of the k-means starting points")
+    refine_iters: int = option(
+        0, "algorithm", "rounds of refinement after the sweep: centroids (or scales) refitted, then every vector chosen anew"
+    )
+    beam: int = option(1, "algorithm", "main centroids that refinement tries for each vector that has a residual stage")
 
     @property
     def vector_len(self) -> int:
@@ -67,9 +94,33 @@ class LinearConfig:
         return self.npercent > 0
 
     @property
+    def is_shared(self) -> bool:
+        """Whether one codebook serves the whole model."""
+        return self.codebook_scope == "shared"
+
+    @property
+    def has_trellis(self) -> bool:
+        return self.trellis_bits > 0
+
+    @property
+    def normalises(self) -> bool:
+        """Whether every input column is normalised; not with a shared codebook, which has scales of its own."""
+        return not self.is_shared if self.enable_norm is None else self.enable_norm
+
+    @property
+    def absorbs_perm(self) -> bool:
+        """Whether indices are stored in the original column order: with a shared codebook they always are."""
+        return self.enable_perm and (self.absorb_perm or self.is_shared)
+
+    @property
     def is_plain(self) -> bool:
         """Whether the stored form is the one that every VPTQ loader reads (no extension needed)."""
-        return self.vector_quant_dim == "out" and self.bitwidth == FLOAT_BITWIDTH
+        return (
+            self.vector_quant_dim == "out"
+            and self.bitwidth == FLOAT_BITWIDTH
+            and self.rotation == "none"
+            and not self.is_shared
+        )
 
     def faults(self) -> list[str]:
         """Every fault of these settings that shows without a shape."""
@@ -112,6 +163,7 @@ class LinearConfig:
             f"vector_quant_dim is {self.vector_quant_dim!r}, must be one of out, in",
         )
         check(self.kmeans_mode in get_args(KMeansMode), f"kmeans_mode is {self.kmeans_mode!r}, must be hessian or uniform")
+        self._check_rotated(check)
         if self.absorb_perm:
             check(self.enable_perm, "absorb_perm needs enable_perm")
             check(
@@ -126,9 +178,57 @@ class LinearConfig:
                 )
         return found
 
+    def _check_rotated(self, check: _Checker) -> None:
+        """Rotation, shared codebooks, trellis and refinement."""
+        for name, kind in (
+            ("rotation", RotationKind),
+            ("codebook_scope", CodebookScope),
+            ("codebook_source", CodebookSource),
+            ("scale_scope", ScaleScope),
+        ):
+            value = getattr(self, name)
+            check(value in get_args(kind), f"{name} is {value!r}, must be one of {', '.join(get_args(kind))}")
+        check(self.refine_iters >= 0, f"refine_iters is {self.refine_iters}, must be 0 or more")
+        check(1 <= self.beam <= 64, f"beam is {self.beam}, must be 1 to 64")
+        check(self.beam == 1 or (self.has_residual and self.refine_iters > 0), "beam needs a residual stage and refine_iters")
+        check(self.row_groups >= 1, f"row_groups is {self.row_groups}, must be 1 or more")
+        check(
+            self.codebook_scope != "linear" or (self.group_num == 1 and self.group_size == OFF),
+            "codebook_scope linear is one codebook for a whole linear: leave out group_num and group_size",
+        )
+        if not self.is_shared:
+            check(self.trellis_bits == OFF, "trellis_bits needs codebook_scope shared")
+            check(self.row_groups == 1, "row_groups needs codebook_scope shared")
+            check(self.scale_scope == "linear", "scale_scope needs codebook_scope shared (own codebooks carry their scale)")
+            check(self.codebook_source == "gaussian", "codebook_source needs codebook_scope shared")
+            return
+        check(self.vector_quant_dim == "out", "codebook_scope shared needs vector_quant_dim out")
+        check(not self.normalises, "codebook_scope shared has one scale a linear or row: leave out enable_norm")
+        check(
+            not self.has_outliers and self.group_num == 1 and self.group_size == OFF,
+            "codebook_scope shared takes no outliers and no groups of columns",
+        )
+        if self.has_trellis:
+            self._check_trellis(check)
+
+    def _check_trellis(self, check: _Checker) -> None:
+        state_bits = self.num_centroids[1].bit_length() - 1
+        check(
+            self.num_centroids[1] == 1 << state_bits and 4 <= state_bits <= MAX_STATE_BITS,
+            f"a trellis needs num_centroids a power of two, 16 to {1 << MAX_STATE_BITS}, not {self.num_centroids[1]}",
+        )
+        check(
+            1 <= self.trellis_bits < state_bits,
+            f"trellis_bits is {self.trellis_bits}, must be 1 to {state_bits - 1}: fewer than the bits of an index",
+        )
+        check(not self.has_residual, "a trellis takes no residual stage")
+        check(self.codebook_source == "gaussian", "a trellis needs codebook_source gaussian")
+
     def loader_warnings(self) -> list[str]:
         """Why other VPTQ loaders will not read what these settings give, though ours does."""
         warnings = []
+        if self.rotation != "none" or self.is_shared:
+            warnings.append("rotation and shared codebooks are extensions of the VPTQ format: only this package loads them")
         if self.vector_quant_dim == "in":
             warnings.append("vector_quant_dim in is an extension of the VPTQ format: only this package loads it")
         if self.bitwidth < FLOAT_BITWIDTH:

@@ -6,11 +6,14 @@ The order of the columns is the permuted one: outliers first, then `group_num` e
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vptq.config import LinearConfig
 
 WORD_BITS = 32
+RING_UNIT = 32
+LONGEST_RING = 256
+SMALLEST_ROW_GROUP = 64
 
 
 def index_bits(num_centroids: int) -> int:
@@ -20,7 +23,12 @@ def index_bits(num_centroids: int) -> int:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes that follow from a weight's shape and its settings."""
+    """Sizes that follow from a weight's shape and its settings.
+
+    Attributes (those that don't speak for themselves):
+        row_groups: runs of output rows with a rotation, a scale and a metric of their own.
+        ring_len: vectors of one ring of a trellis, along the outputs; 0 without a trellis.
+    """
 
     out_features: int
     in_features: int
@@ -30,11 +38,14 @@ class Geometry:
     outlier_size: int
     group_num: int
     group_size: int
+    row_groups: int = 1
+    ring_len: int = 0
 
     def vector_grid(self, columns: int, vector_len: int) -> tuple[int, int]:
         """(rows, columns) of the vectors that cover `columns` whole input columns."""
         if self.vector_quant_dim == "out":
-            return math.ceil(self.out_features / vector_len), columns
+            rows = math.ceil(self.out_features / vector_len)
+            return (math.ceil(rows / self.ring_len) * self.ring_len if self.ring_len else rows), columns
         return self.out_features, math.ceil(columns / vector_len)
 
     @property
@@ -53,6 +64,15 @@ class Geometry:
     @property
     def num_outlier_vectors(self) -> int:
         return math.prod(self.outlier_grid) if self.outlier_size else 0
+
+    @property
+    def num_rings(self) -> int:
+        """Rings of a trellis in one column."""
+        return self.group_grid[0] // self.ring_len
+
+    def of_row_group(self) -> Geometry:
+        """The geometry of one group of rows taken for itself."""
+        return replace(self, out_features=self.out_features // self.row_groups, row_groups=1)
 
     def packed_words(self, bits_per_value: int) -> int:
         """int32 words of one vector row of one group."""
@@ -99,10 +119,14 @@ def _checked(
     faults = []
     if group_num < 1 or group_size < 1:
         faults.append(f"in_features={in_features} leaves no column for {config.group_num} groups")
-    if config.enable_perm and not config.absorb_perm and in_features > 65536:
+    if config.enable_perm and not (config.absorb_perm or config.is_shared) and in_features > 65536:
         faults.append(f"in_features={in_features} is over 65536, more than a stored perm can name; set enable_perm False")
+    if config.has_trellis and out_features % config.vector_len:
+        faults.append(f"out_features={out_features} is not a multiple of vector_len={config.vector_len}, as a trellis needs")
     if faults:
         return None, faults
+    row_groups = _row_groups(out_features, config)
+    rows = out_features // row_groups // config.vector_len
     return (
         Geometry(
             out_features=out_features,
@@ -113,9 +137,28 @@ def _checked(
             outlier_size=outlier_size,
             group_num=group_num,
             group_size=group_size,
+            row_groups=row_groups,
+            ring_len=_ring_length(rows) if config.has_trellis else 0,
         ),
         [],
     )
+
+
+def _row_groups(out_features: int, config: LinearConfig) -> int:
+    """The most groups, up to those asked for, that are whole, leave no padding between them, and are not too small."""
+    unit = config.vector_len * (RING_UNIT if config.has_trellis else 1)
+    for groups in range(config.row_groups, 1, -1):
+        rows, rest = divmod(out_features, groups)
+        if not rest and rows % unit == 0 and rows >= SMALLEST_ROW_GROUP:
+            return groups
+    return 1
+
+
+def _ring_length(rows: int) -> int:
+    """Vectors a ring: a multiple of 32, so that its bits fill whole words; 128 to 256 where that is, with least padding."""
+    most, least = max(1, math.ceil(rows / RING_UNIT)), max(1, math.ceil(rows / LONGEST_RING))
+    lengths = {math.ceil(rows / rings / RING_UNIT) * RING_UNIT for rings in range(least, min(2 * least, most) + 1)}
+    return min(lengths, key=lambda length: (math.ceil(rows / length) * length, -length))
 
 
 def geometry_warnings(geometry: Geometry, config: LinearConfig) -> list[str]:

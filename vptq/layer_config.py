@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from vptq.config import FLOAT_BITWIDTH, LinearConfig
 from vptq.errors import CheckpointError
-from vptq.geometry import WORD_BITS, Geometry, index_bits
+from vptq.geometry import RING_UNIT, WORD_BITS, Geometry, index_bits
 
 PLAIN_VERSION = 1
 EXTENDED_VERSION = 2
@@ -30,7 +30,16 @@ PLAIN_KEYS = (
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """Shape and stored form of one quantized linear: the 13 keys every VPTQ loader knows, and three of ours."""
+    """Shape and stored form of one quantized linear: the 13 keys every VPTQ loader knows, and ours.
+
+    Attributes (ours):
+        vector_quant_dim, bitwidth, bsize: see `LinearConfig`.
+        rotation, rotation_seed, row_groups: the weight is stored rotated; each run of output rows has its own rotation.
+        num_scales: what the rotated rows are multiplied by: one number for all, for each group of rows, or for each row; 0
+            where the codebooks carry the scale.
+        trellis_bits, ring_len: bits stored a vector and vectors a ring of the trellis; 0 without one.
+        codebook_of: the linear whose codebook this one shares; empty where it stores its own.
+    """
 
     in_features: int
     out_features: int
@@ -46,9 +55,16 @@ class LayerConfig:
     vector_quant_dim: str = "out"
     bitwidth: int = FLOAT_BITWIDTH
     bsize: int = 1
+    rotation: str = "none"
+    rotation_seed: int = 0
+    row_groups: int = 1
+    num_scales: int = 0
+    trellis_bits: int = 0
+    ring_len: int = 0
+    codebook_of: str = ""
 
     @classmethod
-    def of(cls, config: LinearConfig, geometry: Geometry, bias: bool) -> LayerConfig:
+    def of(cls, config: LinearConfig, geometry: Geometry, bias: bool, codebook_of: str = "") -> LayerConfig:
         off = (-1, -1)
         has_outliers = geometry.outlier_size > 0
         return cls(
@@ -61,17 +77,30 @@ class LayerConfig:
             group_size=geometry.group_size,
             outlier_size=geometry.outlier_size,
             # Other loaders want a scale and an offset in the plain case: 1 and 0 are stored where there is none.
-            enable_norm=config.enable_norm or config.is_plain,
-            enable_perm=config.enable_perm and not config.absorb_perm,
+            enable_norm=config.normalises or config.is_plain,
+            enable_perm=config.enable_perm and not config.absorbs_perm,
             bias=bias,
             vector_quant_dim=config.vector_quant_dim,
             bitwidth=config.bitwidth,
             bsize=config.bsize if config.bitwidth < FLOAT_BITWIDTH else 1,
+            rotation=config.rotation,
+            rotation_seed=config.rotation_seed if config.rotation != "none" else 0,
+            row_groups=geometry.row_groups,
+            num_scales=_num_scales(config, geometry),
+            trellis_bits=max(config.trellis_bits, 0),
+            ring_len=geometry.ring_len,
+            codebook_of=codebook_of,
         )
 
     @property
     def is_plain(self) -> bool:
-        return self.vector_quant_dim == "out" and self.bitwidth == FLOAT_BITWIDTH
+        return not self._extensions()
+
+    def _extensions(self) -> dict[str, Any]:
+        """Our keys that say more than their default; `bsize` goes with `bitwidth`."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in PLAIN_KEYS and f.default is not MISSING}
+        defaults = {f.name: f.default for f in fields(self) if f.name in found}
+        return found if any(found[name] != defaults[name] for name in found) else {}
 
     @property
     def geometry(self) -> Geometry:
@@ -84,7 +113,13 @@ class LayerConfig:
             outlier_size=self.outlier_size,
             group_num=self.group_num,
             group_size=self.group_size,
+            row_groups=self.row_groups,
+            ring_len=self.ring_len,
         )
+
+    @property
+    def stores_codebook(self) -> bool:
+        return not self.codebook_of
 
     @property
     def main_bits(self) -> int:
@@ -111,8 +146,7 @@ class LayerConfig:
             "is_indice_packed": True,
             "bias": self.bias,
         }
-        if not self.is_plain:
-            entry |= {"vector_quant_dim": self.vector_quant_dim, "bitwidth": self.bitwidth, "bsize": self.bsize}
+        entry |= self._extensions()
         return entry
 
     @classmethod
@@ -143,18 +177,38 @@ class LayerConfig:
         )
         if columns != self.in_features or min(sizes) < 1 or self.outlier_size < 0:
             raise CheckpointError(f"`{name}`: outliers and groups make {columns} columns, in_features is {self.in_features}")
+        self._check_extensions(name)
         if self.main_bits + self.residual_bits > WORD_BITS:
             raise CheckpointError(f"`{name}`: an index of {self.main_bits + self.residual_bits} bits does not fit 32")
+
+    def _check_extensions(self, name: str) -> None:
+        rows = self.out_features // max(self.row_groups, 1)
+        faults = []
+        if self.rotation not in ("none", "hadamard"):
+            faults.append(f"rotation is {self.rotation!r}, which this version does not know")
+        if self.row_groups < 1 or rows * self.row_groups != self.out_features:
+            faults.append(f"row_groups={self.row_groups} does not divide out_features={self.out_features}")
+        if self.num_scales not in (0, 1, self.row_groups, self.out_features):
+            faults.append(f"num_scales={self.num_scales} fits neither rows nor groups of rows")
+        if bool(self.trellis_bits) != bool(self.ring_len) or not 0 <= self.trellis_bits <= self.main_bits:
+            faults.append(f"trellis_bits={self.trellis_bits} and ring_len={self.ring_len} do not fit {self.main_bits} bits")
+        if self.ring_len < 0 or self.ring_len % RING_UNIT:
+            faults.append(f"ring_len={self.ring_len} is no multiple of {RING_UNIT}")
+        if faults:
+            raise CheckpointError(f"`{name}` in quantization_config does not fit together", where=faults)
 
     def tensor_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Every stored tensor of the linear but its bias: name -> (shape, kind), kind one of float, int32, int16."""
         geometry = self.geometry
         shapes: dict[str, tuple[tuple[int, ...], str]] = {}
-        self._add_codebook(shapes, "centroids", self.group_num, self.num_centroids[1], self.vector_lens[1])
-        words = geometry.packed_words(self.main_bits + self.residual_bits)
-        shapes["indices"] = ((self.group_num, geometry.group_grid[0], words), "int32")
-        if self.num_res_centroids[1] > 0:
-            self._add_codebook(shapes, "res_centroids", self.group_num, self.num_res_centroids[1], self.vector_lens[1])
+        if self.stores_codebook:
+            shapes |= self.codebook_shapes()
+        if self.trellis_bits:
+            words = self.ring_len * self.trellis_bits // WORD_BITS
+            shapes["indices"] = ((geometry.num_rings, words, self.in_features), "int32")
+        else:
+            words = geometry.packed_words(self.main_bits + self.residual_bits)
+            shapes["indices"] = ((self.group_num, geometry.group_grid[0], words), "int32")
         if self.outlier_size:
             self._add_codebook(shapes, "outlier_centroids", 1, self.num_centroids[0], self.vector_lens[0])
             shapes["outlier_indices"] = ((1, *geometry.outlier_grid), "int16")
@@ -163,6 +217,16 @@ class LayerConfig:
         if self.enable_norm:
             shapes["weight_scale"] = ((self.in_features,), "float")
             shapes["weight_bias"] = ((self.in_features,), "float")
+        if self.num_scales:
+            shapes["row_scale"] = ((self.num_scales,), "float")
+        return shapes
+
+    def codebook_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """The tensors of main and residual codebooks, this linear's own or those of `codebook_of`."""
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._add_codebook(shapes, "centroids", self.group_num, self.num_centroids[1], self.vector_lens[1])
+        if self.num_res_centroids[1] > 0:
+            self._add_codebook(shapes, "res_centroids", self.group_num, self.num_res_centroids[1], self.vector_lens[1])
         return shapes
 
     def _add_codebook(self, shapes: dict, name: str, codebooks: int, k: int, vector_len: int) -> None:
@@ -172,6 +236,12 @@ class LayerConfig:
             words = -(-k * vector_len * self.bitwidth // WORD_BITS)
             shapes[f"{name}.packed"] = ((codebooks, words), "int32")
             shapes[f"{name}.scales"] = ((codebooks, -(-k // self.bsize)), "float")
+
+
+def _num_scales(config: LinearConfig, geometry: Geometry) -> int:
+    if not config.is_shared:
+        return 0
+    return geometry.out_features if config.scale_scope == "row" else geometry.row_groups
 
 
 def quantization_config(layers: dict[str, LayerConfig]) -> dict[str, Any]:
@@ -199,4 +269,19 @@ def read_quantization_config(entry: dict[str, Any], where: str) -> dict[str, Lay
     layers = entry.get("config_for_layers") or {}
     if not layers:
         raise CheckpointError(f"`{where}` names no quantized linears (config_for_layers is empty)")
-    return {name: LayerConfig.from_dict(name, value) for name, value in layers.items()}
+    found = {name: LayerConfig.from_dict(name, value) for name, value in layers.items()}
+    _check_shared(found)
+    return found
+
+
+def _check_shared(layers: dict[str, LayerConfig]) -> None:
+    """Every linear that shares a codebook must name one that stores a codebook of the same form."""
+    faults = []
+    for name, layer in layers.items():
+        owner = layers.get(layer.codebook_of)
+        if not layer.stores_codebook and (
+            owner is None or not owner.stores_codebook or owner.codebook_shapes() != layer.codebook_shapes()
+        ):
+            faults.append(f"{name}: shares the codebook of `{layer.codebook_of}`, which stores none that fits")
+    if faults:
+        raise CheckpointError("shared codebooks in quantization_config are missing", where=faults)

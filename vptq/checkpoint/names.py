@@ -8,6 +8,7 @@ from torch import Tensor
 from vptq.errors import CheckpointError
 from vptq.layer_config import LayerConfig
 from vptq.nn.packing import pack_bits, to_uint16_bits
+from vptq.nn.rings import pack_rings
 from vptq.quantize.result import Codebook, QuantizedWeight
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -19,12 +20,14 @@ def to_tensors(weight: QuantizedWeight, config: LayerConfig, dtype: torch.dtype)
 
     dtype: the model's float type.
     """
-    tensors = _codebook_to_tensors("centroids", weight.codebook, dtype)
-    values = weight.indices.long()
-    if weight.residual_codebook is not None and weight.residual_indices is not None:
-        tensors |= _codebook_to_tensors("res_centroids", weight.residual_codebook, dtype)
-        values = values | (weight.residual_indices.long() << config.main_bits)
-    tensors["indices"] = pack_bits(values, config.main_bits + config.residual_bits)
+    tensors = codebook_tensors(weight, dtype) if config.stores_codebook else {}
+    if config.trellis_bits:
+        tensors["indices"] = pack_rings(weight.indices[0], config)
+    else:
+        values = weight.indices.long()
+        if weight.residual_indices is not None:
+            values = values | (weight.residual_indices.long() << config.main_bits)
+        tensors["indices"] = pack_bits(values, config.main_bits + config.residual_bits)
     if weight.outlier_codebook is not None and weight.outlier_indices is not None:
         tensors |= _codebook_to_tensors("outlier_centroids", weight.outlier_codebook, dtype)
         tensors["outlier_indices"] = to_uint16_bits(weight.outlier_indices)
@@ -34,7 +37,17 @@ def to_tensors(weight: QuantizedWeight, config: LayerConfig, dtype: torch.dtype)
         ones = torch.ones(config.in_features)
         tensors["weight_scale"] = (ones if weight.scale is None else weight.scale).to(dtype)
         tensors["weight_bias"] = (torch.zeros_like(ones) if weight.offset is None else weight.offset).to(dtype)
+    if weight.row_scale is not None:
+        tensors["row_scale"] = weight.row_scale.to(dtype)
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def codebook_tensors(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Main and residual codebook as they are stored (see `LayerConfig.codebook_shapes`). dtype: the model's float type."""
+    tensors = _codebook_to_tensors("centroids", weight.codebook, dtype)
+    if weight.residual_codebook is not None:
+        tensors |= _codebook_to_tensors("res_centroids", weight.residual_codebook, dtype)
+    return tensors
 
 
 def check_tensors(found: dict[str, tuple[tuple[int, ...], torch.dtype]], config: LayerConfig, name: str) -> None:

@@ -69,10 +69,16 @@ class DequantizedSource:
 
 
 def packed_tensors(source: FolderSource, linear: str, layer: LayerConfig) -> dict[str, Tensor]:
-    """The stored tensors of one linear of a packed folder. Raises CheckpointError for missing or misshapen ones."""
+    """The stored tensors of one linear of a packed folder, with the codebook that it shares.
+
+    Raises:
+        CheckpointError: missing or misshapen tensors.
+    """
     names = [key for key in layer.tensor_shapes() if source.has(f"{linear}.{key}")]
     found = {key: source.get(f"{linear}.{key}") for key in names}
     check_tensors({key: (tuple(t.shape), t.dtype) for key, t in found.items()}, layer, linear)
+    if not layer.stores_codebook:
+        found |= {key: source.get(f"{layer.codebook_of}.{key}") for key in layer.codebook_shapes()}
     return found
 
 

@@ -21,6 +21,7 @@ GROUP_TITLES = {
     "model": "model",
     "calibration": "calibration",
     "vectors": "vectors and codebooks (pairs are: outlier, main; -1 is off; the demo model's default is -1 4, -1 256)",
+    "rotation": "rotation and a shared codebook",
     "algorithm": "algorithm",
     "results": "results",
     "devices": "devices",
@@ -87,7 +88,7 @@ def _argument(f: dataclasses.Field, hint: Any) -> dict[str, Any]:
     keywords: dict[str, Any] = {"help": text.replace("%", "%%")}
     if _is_pair(hint):
         return keywords | {"nargs": 2, "metavar": tuple(f.metadata["metavar"].split())}
-    if hint is bool:
+    if _base_type(hint) is bool:
         return keywords | {"nargs": "?", "const": "True", "metavar": "BOOL"}
     if get_origin(hint) is Literal:
         return keywords | {"metavar": "|".join(get_args(hint))}

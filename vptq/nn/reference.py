@@ -10,8 +10,10 @@ from torch import Tensor
 from vptq.config import FLOAT_BITWIDTH
 from vptq.layer_config import LayerConfig
 from vptq.nn.packing import from_uint16_bits, unpack_bits
+from vptq.nn.rings import unpack_rings
 from vptq.quantize.codebook import expand_scales
-from vptq.quantize.result import join_vectors, look_up
+from vptq.quantize.result import join_vectors, look_up, spread_rows, unrotate
+from vptq.quantize.rotation import Rotation, rotations
 
 CHUNK_WEIGHTS = 1 << 20
 
@@ -20,21 +22,38 @@ def dequantize_packed(tensors: Mapping[str, Tensor], config: LayerConfig, dtype:
     """The weight of one linear from its stored tensors.
 
     Args:
-        tensors: as `LayerConfig.tensor_shapes` names them, all on one device.
+        tensors: as `LayerConfig.tensor_shapes` names them, and its codebook where another linear stores that; one device.
         dtype: of the answer; the arithmetic is float32.
     Returns:
         (out_features, in_features), original column order and scale.
     """
-    geometry = config.geometry
+    weight = dequantize_rotated(tensors, config)
+    return unrotate(weight, rotations_of(config)).to(dtype)
+
+
+def dequantize_rotated(tensors: Mapping[str, Tensor], config: LayerConfig) -> Tensor:
+    """The weight as it is stored, R_out W R_inᵀ; W itself where it is not rotated: (out_features, in_features) float32."""
     main = stored_centroids("centroids", tensors, config, config.num_centroids[1], config.vector_lens[1])
-    residual = outlier = None
-    if config.num_res_centroids[1] > 0:
-        residual = stored_centroids("res_centroids", tensors, config, config.num_res_centroids[1], config.vector_lens[1])
+    weight = torch.empty(config.out_features, config.in_features, dtype=torch.float32, device=main.device)
     if config.outlier_size:
         outlier = stored_centroids("outlier_centroids", tensors, config, config.num_centroids[0], config.vector_lens[0])
-    weight = torch.empty(config.out_features, config.in_features, dtype=torch.float32, device=main.device)
-    if outlier is not None:
         _fill_outliers(weight, outlier, tensors["outlier_indices"], config)
+    (_fill_rings if config.trellis_bits else _fill_groups)(weight, main, tensors, config)
+    return _restore(weight, tensors, config)
+
+
+def rotations_of(config: LayerConfig) -> tuple[Rotation, Rotation] | None:
+    """R_in and R_out of a linear; None if it is not rotated."""
+    if config.rotation == "none":
+        return None
+    return rotations(config.out_features, config.in_features, config.rotation_seed, config.row_groups)
+
+
+def _fill_groups(weight: Tensor, main: Tensor, tensors: Mapping[str, Tensor], config: LayerConfig) -> None:
+    geometry = config.geometry
+    residual = None
+    if config.num_res_centroids[1] > 0:
+        residual = stored_centroids("res_centroids", tensors, config, config.num_res_centroids[1], config.vector_lens[1])
     rows = geometry.group_grid[0]
     step = max(1, CHUNK_WEIGHTS * rows // weight.numel())
     bits = config.main_bits + config.residual_bits
@@ -47,7 +66,18 @@ def dequantize_packed(tensors: Mapping[str, Tensor], config: LayerConfig, dtype:
         matrix = join_vectors(vectors, geometry, geometry.group_size)
         last = min(first + len(matrix), config.out_features)
         weight[first:last, config.outlier_size :] = matrix[: last - first]
-    return _restore(weight, tensors, config).to(dtype)
+
+
+def _fill_rings(weight: Tensor, main: Tensor, tensors: Mapping[str, Tensor], config: LayerConfig) -> None:
+    geometry = config.geometry
+    height = config.ring_len * geometry.vector_len
+    step = max(1, CHUNK_WEIGHTS // (height * config.in_features))
+    for ring in range(0, geometry.num_rings, step):
+        states = unpack_rings(tensors["indices"][ring : ring + step], config)
+        matrix = join_vectors(look_up(main, states[None]), geometry, geometry.group_size)
+        first = ring * height
+        last = min(first + len(matrix), config.out_features)
+        weight[first:last] = matrix[: last - first]
 
 
 def stored_centroids(name: str, tensors: Mapping[str, Tensor], config: LayerConfig, k: int, vector_len: int) -> Tensor:
@@ -70,4 +100,6 @@ def _restore(weight: Tensor, tensors: Mapping[str, Tensor], config: LayerConfig)
         weight = weight[:, torch.argsort(from_uint16_bits(tensors["perm"]))]
     if config.enable_norm:
         weight = weight * tensors["weight_scale"].float() + tensors["weight_bias"].float()
+    if config.num_scales:
+        weight = weight * spread_rows(tensors["row_scale"].float(), len(weight))
     return weight

@@ -31,5 +31,8 @@ def replace_linears(model: nn.Module, layers: dict[str, LayerConfig], device: st
         parent, _, child = name.rpartition(".")
         new = VQuantLinear(**config.to_dict(), device=device, dtype=dtype)
         setattr(model.get_submodule(parent) if parent else model, child, new)
+    for name, config in layers.items():
+        if not faults and not config.stores_codebook:
+            model.get_submodule(name).share_codebook(model.get_submodule(config.codebook_of))
     if faults:
         raise CheckpointError("the checkpoint's quantized linears do not fit the model", where=faults)

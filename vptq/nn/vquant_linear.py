@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from vptq.config import FLOAT_BITWIDTH
+from vptq.errors import VptqError
 from vptq.layer_config import LayerConfig
-from vptq.nn.reference import dequantize_packed
+from vptq.nn.reference import dequantize_packed, dequantize_rotated, rotations_of
 
 DTYPES = {"int32": torch.int32, "int16": torch.int16}
 
@@ -48,12 +50,10 @@ class VQuantLinear(nn.Module):
         enable_perm: bool = True,
         is_indice_packed: bool = True,
         bias: bool = False,
-        vector_quant_dim: str = "out",
-        bitwidth: int = FLOAT_BITWIDTH,
-        bsize: int = 1,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **extensions: Any,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -71,13 +71,12 @@ class VQuantLinear(nn.Module):
             "enable_perm": enable_perm,
             "is_indice_packed": is_indice_packed,
             "bias": bias,
-            "vector_quant_dim": vector_quant_dim,
-            "bitwidth": bitwidth,
-            "bsize": bsize,
+            **extensions,
         }
         self.layer_config = LayerConfig.from_dict(type(self).__name__, entry)
         self.cache_weight = False
         self._cached: Tensor | None = None
+        self._owner: tuple[VQuantLinear, ...] = ()  # in a tuple, so that it is no child of this module
         dtype = dtype or torch.get_default_dtype()
         for name, (shape, kind) in self.layer_config.tensor_shapes().items():
             tensor = torch.zeros(shape, dtype=DTYPES.get(kind, dtype), device=device)
@@ -95,28 +94,45 @@ class VQuantLinear(nn.Module):
             owner = getattr(self, child)
         owner.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
+    def share_codebook(self, owner: VQuantLinear) -> None:
+        """Take the codebook of `owner`, the linear that `layer_config.codebook_of` names."""
+        self._owner = (owner,)
+
     def stored_tensors(self) -> dict[str, Tensor]:
-        """The packed tensors by their names in the file, without the bias."""
-        return {name: p.detach() for name, p in self.named_parameters() if name != "bias"}
+        """The packed tensors by their names in the file, without the bias; a shared codebook is among them."""
+        own = {name: p.detach() for name, p in self.named_parameters() if name != "bias"}
+        if self.layer_config.stores_codebook:
+            return own
+        if not self._owner:
+            raise VptqError("this linear shares the codebook of another, which it was not given", hint="use share_codebook")
+        shared = self._owner[0].stored_tensors()
+        names = self.layer_config.codebook_shapes()
+        return own | {name: shared[name].to(own["indices"].device) for name in names}
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight, (out_features, in_features), rounded to the type the codebooks are kept in, as `model/` is."""
         stored = self.stored_tensors()
-        kept = next(t.dtype for t in stored.values() if t.is_floating_point())
-        weight = dequantize_packed(stored, self.layer_config, kept)
+        weight = dequantize_packed(stored, self.layer_config, _float_type(stored))
         return weight if dtype is None else weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features), in x's type."""
+        """(..., in_features) -> (..., out_features), in x's type. A rotated weight stays rotated: inputs and outputs turn."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self._weight(x), bias)
+        rotation = rotations_of(self.layer_config)
+        if rotation is None:
+            return nn.functional.linear(x, self._weight(x), bias)
+        across, down = rotation
+        turned = down.undo(nn.functional.linear(across.apply(x), self._weight(x)))
+        return turned if bias is None else turned + bias
 
     def _weight(self, x: Tensor) -> Tensor:
+        """The weight as it is stored, in x's type: rotated where it is."""
         cached = self._cached
         if cached is not None and cached.device == x.device and cached.dtype == x.dtype:
             return cached
         with torch.no_grad():
-            weight = self.dequantize(x.dtype)
+            stored = self.stored_tensors()
+            weight = dequantize_rotated(stored, self.layer_config).to(_float_type(stored)).to(x.dtype)
         self._cached = weight if self.cache_weight else None
         return weight
 
@@ -131,7 +147,13 @@ class VQuantLinear(nn.Module):
             f"in_features={c.in_features}, out_features={c.out_features}, vector_lens={c.vector_lens}, "
             f"num_centroids={c.num_centroids}, num_res_centroids={c.num_res_centroids}, group_num={c.group_num}, "
             f"vector_quant_dim={c.vector_quant_dim}, bias={c.bias}"
+            + (f", rotation={c.rotation}, trellis_bits={c.trellis_bits}" if c.rotation != "none" or c.trellis_bits else "")
         )
+
+
+def _float_type(stored: dict[str, Tensor]) -> torch.dtype:
+    """The float type that a linear's codebooks or scales are kept in."""
+    return next(tensor.dtype for tensor in stored.values() if tensor.is_floating_point())
 
 
 def cache_weights(model: nn.Module, on: bool = True) -> None:

@@ -79,6 +79,21 @@ class FixedPointSums:
         return self.products.sum(1).double() / self.steps[:, :1, None], totals.double() / self.steps[:, 1:, None]
 
 
+def index_sums(index: Tensor, values: Tensor, count: int) -> Tensor:
+    """Σ values over equal indices, the same bits in whatever order they are added.
+
+    Args:
+        index: (n,) int64 in [0, count). values: (n, v) float.
+    Returns:
+        (count, v) float32.
+    """
+    _, exponent = torch.frexp(values.abs().amax().double().clamp_min(1e-300))
+    step = torch.exp2((FIXED_POINT_BITS - len(values).bit_length() - exponent).clamp(-1000, 1000).double())
+    sums = torch.zeros(count, values.shape[1], dtype=torch.int64, device=values.device)
+    sums.index_add_(0, index, _rounded(values.double() * step))
+    return (sums.double() / step).float()
+
+
 def _rounded(values: Tensor) -> Tensor:
     return (values + 0.5).floor_().long()
 

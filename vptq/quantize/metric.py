@@ -66,6 +66,11 @@ def factor_inverse(metric: Tensor, damping_frac: float) -> InverseFactor:
     )
 
 
+def trace_products(rows: Tensor, metric: Tensor) -> float:
+    """tr(E H Eᵀ): rows (n, in_features) float32, metric (in_features, in_features) float32; summed in float64."""
+    return ((rows @ metric).double() * rows.double()).sum().item()
+
+
 class ProxyError:
     """tr(E H Eᵀ) / tr(W H Wᵀ), E = weight - quantized, all in original column order and scale; undamped H.
 
@@ -78,7 +83,7 @@ class ProxyError:
         self.denominator = self._trace(weight)
 
     def _trace(self, rows: Tensor) -> float:
-        return ((rows @ self.hessian).double() * rows.double()).sum().item()
+        return trace_products(rows, self.hessian)
 
     def of(self, quantized: Tensor) -> float:
         """The relative error of (out_features, in_features) float32; 0 if both traces are zero."""

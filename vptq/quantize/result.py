@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vptq.geometry import Geometry
+from vptq.quantize.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class QuantizedWeight:
         outlier_codebook: one codebook; outlier_indices: (1, *geometry.outlier_grid) int32; None if no outliers.
         perm: (in_features,) int64, `weight[:, perm]` is what the indices describe; None for original order.
         scale, offset: (in_features,) float32 in original column order; None if not normalised.
+        row_scale: (n,) float32, n = 1, row groups or rows: what rotated rows are multiplied by; None if the codebooks carry it.
+        rotation: R_in and R_out, of which the indices describe R_out W R_inᵀ; None if not rotated.
     """
 
     geometry: Geometry
@@ -61,6 +64,8 @@ class QuantizedWeight:
     perm: Tensor | None = None
     scale: Tensor | None = None
     offset: Tensor | None = None
+    row_scale: Tensor | None = None
+    rotation: tuple[Rotation, Rotation] | None = None
 
     def dequantize(self) -> Tensor:
         """The weight, (out_features, in_features) float32, original column order and scale."""
@@ -77,7 +82,9 @@ class QuantizedWeight:
             weight = weight[:, torch.argsort(self.perm)]
         if self.scale is not None and self.offset is not None:
             weight = weight * self.scale + self.offset
-        return weight
+        if self.row_scale is not None:
+            weight = weight * spread_rows(self.row_scale, len(weight))
+        return unrotate(weight, self.rotation)
 
     def absorb_perm(self) -> QuantizedWeight:
         """The same weight with its index columns in original order and no perm (one group, no outliers, vectors out)."""
@@ -86,6 +93,19 @@ class QuantizedWeight:
         order = torch.argsort(self.perm)
         residual = None if self.residual_indices is None else self.residual_indices[..., order]
         return replace(self, indices=self.indices[..., order], residual_indices=residual, perm=None)
+
+
+def spread_rows(scales: Tensor, rows: int) -> Tensor:
+    """Scales of runs of rows (n,) -> (rows, 1)."""
+    return scales.repeat_interleave(rows // len(scales))[:, None]
+
+
+def unrotate(weight: Tensor, rotation: tuple[Rotation, Rotation] | None) -> Tensor:
+    """R_outᵀ W' R_in: (out_features, in_features) float -> the same shape."""
+    if rotation is None:
+        return weight
+    across, down = rotation
+    return down.undo(across.undo(weight).T).T
 
 
 def look_up(centroids: Tensor, indices: Tensor) -> Tensor:
