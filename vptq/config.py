@@ -25,6 +25,15 @@ MAX_VECTOR_LEN = 32
 FLOAT_BITWIDTH = 16
 MAX_STATE_BITS = 16
 DEFAULT_SEQ_LEN = 2048
+LADDER = (*((1, bits) for bits in range(1, 9)), (2, 3), (2, 5), (2, 7))  # (vector_len, trellis_bits): what --bits chooses from
+RECIPE: dict[str, Any] = {  # what --bits is, where no flag says otherwise
+    "rotation": "hadamard",
+    "codebook_scope": "shared",
+    "vector_lens": [-1, 1],
+    "num_centroids": [-1, 4096],
+    "trellis_bits": 2,
+    "hessian": "fisher",
+}
 HUB_NAMES = ("wikitext2", "c4", "c4-new")  # datasets known by name
 
 
@@ -260,12 +269,28 @@ class CalibrationConfig:
     )
     seed: int = option(0, "calibration", "seed of the choice of sequences")
     hessian_path: str | None = option(None, "calibration", "folder that keeps Hessians and gives them back; published ones too")
+    hessian: HessianKind = option(
+        "input", "calibration", "what errors are weighed by: second moments of the inputs, or those weighted by the loss (fisher)"
+    )
+    sequential: bool = option(
+        False, "calibration", "calibrate each block on what the quantized blocks before it put out, aiming at the original's"
+    )
+
+    @property
+    def plain_hessians(self) -> bool:
+        """Whether Hessians depend on model and text alone, so that a folder can keep them."""
+        return self.hessian == "input" and not self.sequential
 
     def faults(self) -> list[str]:
         found: list[str] = []
         check = _Checker(found)
         check(self.nsamples >= 1, f"nsamples is {self.nsamples}, must be 1 or more")
         check(self.seq_len is None or self.seq_len >= 2, f"seq_len is {self.seq_len}, must be 2 or more")
+        check(self.hessian in get_args(HessianKind), f"hessian is {self.hessian!r}, must be input or fisher")
+        check(
+            self.hessian_path is None or self.plain_hessians,
+            "hessian_path keeps Hessians of the inputs alone: leave out hessian fisher and sequential, or hessian_path",
+        )
         return found
 
 
@@ -275,6 +300,12 @@ class QuantConfig:
 
     model_name: str | None = option(None, "model", "model folder or hub name (default: the demo model in the package)")
     output_dir: str = option("outputs", "model", "where run folders go")
+    bits: float | None = option(
+        None, "model", "stored bits a weight, any number from 1 to 8: settings are chosen for every linear (see docs/bits.md)"
+    )
+    sensitivity_path: str | None = option(
+        None, "model", "JSON file that keeps what --bits measures of each linear, and gives it back to later runs"
+    )
     linear: LinearConfig = field(default_factory=LinearConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     save_model: bool = option(False, "results", "write model/: the dequantized weights, for any loader")
@@ -290,6 +321,13 @@ class QuantConfig:
     def faults(self) -> list[str]:
         found = [*self.linear.faults(), *self.calibration.faults()]
         check = _Checker(found)
+        if self.bits is not None:
+            check(1 <= self.bits <= 8, f"bits is {self.bits:g}, must be 1 to 8")
+            check(
+                self.linear.has_trellis and self.linear.num_centroids[1] == RECIPE["num_centroids"][1],
+                "bits chooses the settings of vectors: leave out vector_lens, num_centroids, trellis_bits and codebook_scope",
+            )
+        check(self.sensitivity_path is None or self.bits is not None, "sensitivity_path goes with bits")
         check(self.num_gpus >= 1, f"num_gpus is {self.num_gpus}, must be 1 or more")
         check(
             self.eval_nsamples == OFF or self.eval_nsamples >= 1,

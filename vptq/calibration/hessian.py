@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,48 +14,92 @@ from vptq.errors import NumericalError
 
 CHUNK_TOKENS = 1024  # tensor cores add up to here; longer sums lose what float32 would keep
 CHUNKS = 16  # added up in float32, then in float64
+LARGEST_EXPONENT = 14  # weighted rows are brought to under 2^14 before they become float16
 
 
 class HessianAccumulator:
-    """H = mean over tokens of x xᵀ, taken in one batch at a time.
+    """H = mean over tokens of x xᵀ, taken in one batch at a time; with weights, of s x xᵀ for each of several s.
 
     Float32 inputs: the product of each batch is float32, the sum over batches float64, so that the order and number of
     batches move the result by rounding only. Float16 and bfloat16 inputs on a GPU: tensor cores take the products of 1024
     tokens at a time, exact and summed in float32; docs/performance.md has the error of both.
+
+    Args:
+        groups: numbers of weights a token; 0 for none.
+        drifts: also the mean of s (x₀ - x) xᵀ, x₀ the original model's input.
     """
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.total = torch.zeros(size, size, dtype=torch.float64, device=device)
+    def __init__(self, size: int, device: torch.device, groups: int = 0, drifts: bool = False) -> None:
+        self.groups = groups
+        self.total = torch.zeros(max(groups, 1), size, size, dtype=torch.float64, device=device)
+        self.drift = torch.zeros_like(self.total) if drifts else None
         self.num_tokens = 0
 
-    def add(self, inputs: Tensor) -> None:
-        """inputs: (..., in_features) float."""
+    def add(self, inputs: Tensor, weights: Tensor | None = None, originals: Tensor | None = None) -> None:
+        """inputs: (..., in_features) float. weights: None or (groups, tokens) >= 0. originals: like inputs, where it drifts."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         self.num_tokens += len(rows)
-        if rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16) and has_mixed_products():
-            for run in rows.split(CHUNK_TOKENS * CHUNKS):
-                self.total += mixed_product(run)
-        else:
-            rows = rows.float()
-            self.total += rows.T @ rows
+        away = None if originals is None else originals.reshape(rows.shape).float() - rows.float()
+        for group in range(len(self.total)):
+            if weights is None:
+                add_products(self.total[group], rows, rows)
+                left, right = away, rows.float() if away is not None else rows
+            else:
+                factor = weights[group].to(rows.device, torch.float32).sqrt()[:, None]
+                right = rows.float() * factor
+                scaled, power = _in_type(right, rows.dtype)
+                add_products(self.total[group], scaled, scaled, power.square())
+                left = None if away is None else away * factor
+            if self.drift is not None and left is not None:
+                self.drift[group] += left.T @ right
 
     def merge(self, other: HessianAccumulator) -> None:
         """Take in what another one has seen."""
         self.total += other.total
+        if self.drift is not None and other.drift is not None:
+            self.drift += other.drift
         self.num_tokens += other.num_tokens
 
     def mean(self) -> Tensor:
-        """(in_features, in_features) float32, symmetric to the bit."""
+        """(in_features, in_features) float32, symmetric to the bit; (groups, in_features, in_features) with weights."""
         mean = (self.total / max(self.num_tokens, 1)).float()
-        return (mean + mean.T) / 2
+        mean = (mean + mean.transpose(1, 2)) / 2
+        return mean if self.groups else mean[0]
+
+    def mean_drift(self) -> Tensor | None:
+        """Mean of (x₀ - x) xᵀ, shaped as `mean`; None if it was not asked for."""
+        if self.drift is None:
+            return None
+        drift = (self.drift / max(self.num_tokens, 1)).float()
+        return drift if self.groups else drift[0]
 
 
-def mixed_product(rows: Tensor) -> Tensor:
-    """rowsᵀ rows of (tokens, in_features) float16 or bfloat16 on a GPU: (in_features, in_features) float32."""
-    chunks = rows.split(CHUNK_TOKENS)
-    product = torch.mm(chunks[0].T, chunks[0], out_dtype=torch.float32)
-    for chunk in chunks[1:]:
-        product = torch.addmm(product, chunk.T, chunk, out_dtype=torch.float32)
+def add_products(total: Tensor, left: Tensor, right: Tensor, divisor: Tensor | None = None) -> None:
+    """total += leftᵀ right / divisor, in place. total: (m, n) float64; rows: (tokens, m) and (tokens, n), of one float type."""
+    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16) and has_mixed_products():
+        length = CHUNK_TOKENS * CHUNKS
+        products = [mixed_product(a, b) for a, b in zip(left.split(length), right.split(length), strict=True)]
+    else:
+        products = [left.float().T @ right.float()]
+    for product in products:
+        total += product if divisor is None else product / divisor
+
+
+def _in_type(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows of float32 times a power of two that brings them well inside a 16-bit type, and that power. (n, m) -> (n, m), ()."""
+    largest = rows.abs().amax().clamp_min(1e-30)
+    power = torch.exp2(LARGEST_EXPONENT - torch.frexp(largest)[1].float())
+    if dtype not in (torch.float16, torch.bfloat16):
+        return rows, torch.ones_like(power)
+    return (rows * power).to(torch.float16), power
+
+
+def mixed_product(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right of (tokens, m) and (tokens, n) float16 or bfloat16 on a GPU: (m, n) float32."""
+    chunks = list(zip(left.split(CHUNK_TOKENS), right.split(CHUNK_TOKENS), strict=True))
+    product = torch.mm(chunks[0][0].T, chunks[0][1], out_dtype=torch.float32)
+    for first, second in chunks[1:]:
+        product = torch.addmm(product, first.T, second, out_dtype=torch.float32)
     return product
 
 
@@ -71,26 +115,41 @@ def has_mixed_products() -> bool:
 
 @dataclass(frozen=True)
 class Hessian:
-    """One Hessian and the linears (names inside the block) whose input it describes."""
+    """One Hessian and the linears (names inside the block) whose input it describes.
+
+    Attributes:
+        matrix: (in, in) float32; (groups, in, in) if weighted. drift: of the same shape, or None (see `LinearInput`).
+    """
 
     matrix: Tensor
     num_tokens: int
     linears: tuple[str, ...]
+    drift: Tensor | None = None
 
 
 class BlockHessians:
-    """Watches the linears of one block; those fed by the same tensor share one accumulator."""
+    """Watches the linears of one block; those fed by the same tensor share one accumulator, unless tokens are weighted.
 
-    def __init__(self, block_name: str) -> None:
-        self.block_name = block_name
+    Args:
+        weights: None, or for each linear (name inside the block) (groups, tokens), weights of all tokens in the order they
+            come.
+        paired: the block runs twice on every batch, first on what the original model gives it, then on what it is calibrated
+            on; the drift between the two is taken down.
+    """
+
+    def __init__(self, block_name: str, weights: Mapping[str, Tensor] | None = None, paired: bool = False) -> None:
+        self.block_name, self.weights, self.paired = block_name, weights, paired
         self._accumulators: dict[str, HessianAccumulator] = {}
         self._leader: dict[str, str] = {}
         self._seen: dict[int, tuple[str, Tensor]] = {}
+        self._originals: dict[str, Tensor] = {}
+        self._recording = False
+        self._next_token: dict[str, int] = {}
 
     @contextlib.contextmanager
     def watching(self, block: nn.Module) -> Iterator[None]:
         """Accumulate while the block runs."""
-        handles = [block.register_forward_pre_hook(lambda *_: self._seen.clear())]
+        handles = [block.register_forward_pre_hook(lambda *_: self._begin())]
         for suffix, module in block.named_modules():
             if isinstance(module, nn.Linear):
                 handles.append(module.register_forward_pre_hook(self._hook(suffix)))
@@ -100,21 +159,47 @@ class BlockHessians:
             for handle in handles:
                 handle.remove()
             self._seen.clear()
+            self._originals.clear()
+
+    def _begin(self) -> None:
+        self._seen.clear()
+        self._recording = self.paired and not self._recording
+        if self._recording:
+            self._originals.clear()
 
     def _hook(self, suffix: str):  # type: ignore[no-untyped-def]
         def watch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             inputs = args[0]
-            seen = self._seen.get(id(inputs))
-            if seen is not None and self._leader.get(suffix, seen[0]) == seen[0]:
-                self._leader[suffix] = seen[0]
-                return
-            self._leader.setdefault(suffix, suffix)
-            self._seen[id(inputs)] = (suffix, inputs)  # the tensor is kept, so that its id stays its own
-            if suffix not in self._accumulators:
-                self._accumulators[suffix] = HessianAccumulator(inputs.shape[-1], inputs.device)
-            self._accumulators[suffix].add(inputs)
+            if self._recording:
+                self._originals[suffix] = inputs
+            elif self.weights is not None:
+                self._leader.setdefault(suffix, suffix)
+                self._add(suffix, inputs)
+            elif not self._follows(suffix, inputs):
+                self._leader.setdefault(suffix, suffix)
+                self._seen[id(inputs)] = (suffix, inputs)  # the tensor is kept, so that its id stays its own
+                self._add(suffix, inputs)
 
         return watch
+
+    def _follows(self, suffix: str, inputs: Tensor) -> bool:
+        """Whether another linear has taken this very tensor in."""
+        seen = self._seen.get(id(inputs))
+        if seen is None or self._leader.get(suffix, seen[0]) != seen[0]:
+            return False
+        self._leader[suffix] = seen[0]
+        return True
+
+    def _add(self, suffix: str, inputs: Tensor) -> None:
+        own = None if self.weights is None else self.weights[suffix]
+        if suffix not in self._accumulators:
+            groups = 0 if own is None else len(own)
+            self._accumulators[suffix] = HessianAccumulator(inputs.shape[-1], inputs.device, groups, self.paired)
+        if own is not None:
+            first = self._next_token.get(suffix, 0)
+            self._next_token[suffix] = first + inputs[..., 0].numel()
+            own = own[:, first : self._next_token[suffix]]
+        self._accumulators[suffix].add(inputs, own, self._originals.get(suffix))
 
     def collect(self) -> list[Hessian]:
         """One Hessian for each distinct input. Empties the watcher.
@@ -126,10 +211,10 @@ class BlockHessians:
         for leader in list(self._accumulators):
             accumulator = self._accumulators.pop(leader)  # freed before the next one is averaged
             linears = tuple(s for s, first in self._leader.items() if first == leader)
-            matrix = accumulator.mean()
+            matrix, drift = accumulator.mean(), accumulator.mean_drift()
             if not bool(torch.isfinite(matrix).all()):
                 bad += [f"{self.block_name}.{s}" for s in linears]
-            hessians.append(Hessian(matrix, accumulator.num_tokens, linears))
+            hessians.append(Hessian(matrix, accumulator.num_tokens, linears, drift))
         if bad:
             raise NumericalError(
                 "non-finite activations go into these linears",

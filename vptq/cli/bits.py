@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vptq.bits import ModelBits, checkpoint_bits, matrix_bits, model_bits
-from vptq.cli.options import add_fields, make_parser, merge_settings, normalise_flags, with_demo_defaults
+from vptq.cli.options import add_fields, make_parser, merge_settings, normalise_flags, with_defaults
 from vptq.cli.show import bits_table, write_json
 from vptq.config import LinearConfig, QuantConfig
 from vptq.errors import UsageError
@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
     if shape is not None and model_name is not None:
         raise UsageError("--shape and --model_name are two questions", hint="give one of them")
     demo = shape is None and model_name is None
-    bits = _count(shape, model_name, with_demo_defaults(given) if demo else given)
+    bits = _count(shape, model_name, with_defaults(given) if demo else given)
     if target is not None:
         write_json(bits.to_dict(), target)
     if target != "-":

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
+from vptq.config import RECIPE, CalibrationConfig, LinearConfig, QuantConfig
 from vptq.errors import UsageError
 
 ALIASES = {"num_red_centroids": "num_res_centroids", "model": "model_name"}
@@ -195,8 +195,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def with_demo_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The demo model is too small for 65536 centroids: without any vector setting it gets 256 of length 4 (2 bits)."""
+def with_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """What was set, on top of the recipe of --bits if that was.
+
+    The demo model is too small for 65536 centroids: without any vector setting it gets 256 of length 4 (2 bits).
+    """
+    if given.get("bits") is not None:
+        chosen = sorted({"vector_lens", "num_centroids", "num_res_centroids", "trellis_bits", "codebook_scope"} & set(given))
+        if chosen:
+            raise UsageError("bits chooses the settings of vectors", where=chosen, hint="leave these out, or leave out bits")
+        return RECIPE | given
     if given.get("model_name") is None and not {"vector_lens", "num_centroids", "num_res_centroids"} & set(given):
         return DEMO_DEFAULTS | given
     return given

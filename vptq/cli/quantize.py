@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vptq.cli.options import add_fields, make_parser, merge_settings, normalise_flags, with_demo_defaults
+from vptq.cli.options import add_fields, make_parser, merge_settings, normalise_flags, with_defaults
 from vptq.cli.show import Bar, megabytes, say, table, with_error
 from vptq.config import HUB_NAMES, CalibrationConfig, LinearConfig, QuantConfig
 from vptq.errors import INTERRUPTED_EXIT_CODE, UsageError, VptqError
@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     inverse = flags.pop("inv_hessian_path", None)
     given = _absolute_paths(merge_settings(flags, flags.pop("config", None)))
     _check_inverse(inverse, given)
-    settings = given if resume is not None else with_demo_defaults(given)
+    settings = given if resume is not None else with_defaults(given)
     config = QuantConfig.from_flat(settings)
 
     bar = Bar()
@@ -99,8 +99,9 @@ def summary(result: RunResult) -> str:
         ),
         ("size of all tensors", megabytes(bits)),
         ("mean proxy error", _mean_errors(result.figures)),
-        ("k-means iterations", _iterations(result.figures)),
     ]
+    if any(figures["kmeans_iterations"] for figures in result.figures):
+        rows.append(("k-means iterations", _iterations(result.figures)))
     for name, before, after in result.perplexities:
         label = name if "/" not in name else Path(name).name
         rows.append(
@@ -123,8 +124,6 @@ def _iterations(figures: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _mean_errors(figures: Sequence[dict[str, Any]]) -> str:
-    def mean(key: str) -> float:
-        return sum(f[key] for f in figures) / len(figures)
-
-    text = f"k-means {mean('error_kmeans'):.5f}, sweep {mean('error_sweep'):.5f}"
-    return text if figures[0]["error_residual"] is None else f"{text}, residual {mean('error_residual'):.5f}"
+    names = {"error_kmeans": "k-means", "error_sweep": "sweep", "error_residual": "residual", "error_refined": "refined"}
+    found = {name: [f[key] for f in figures if f.get(key) is not None] for key, name in names.items()}
+    return ", ".join(f"{name} {sum(errors) / len(errors):.5f}" for name, errors in found.items() if errors)

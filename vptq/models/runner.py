@@ -70,8 +70,10 @@ class BlockRunner:
                 if not buffer.is_meta:
                     setattr(module, name, buffer.to(self.device))
 
-    def load_block(self, block: int) -> None:
-        load_module(self.skeleton.blocks[block], self.skeleton.block_name(block), self.source, self.device, self.dtype)
+    def load_block(self, block: int, source: TensorSource | None = None) -> None:
+        """Weights of a block, from the runner's source or another."""
+        name = self.skeleton.block_name(block)
+        load_module(self.skeleton.blocks[block], name, source or self.source, self.device, self.dtype)
 
     def block_parameters(self, block: int) -> list[str]:
         """Full names of a block's parameters."""
@@ -102,27 +104,53 @@ class BlockRunner:
                 self._forward(tokens)
         return HiddenStates(batches, token_batches)
 
-    @torch.no_grad()
     def run_block_(self, block: int, states: HiddenStates, progress: Callable[[], None] | None = None) -> None:
         """Replace every batch, in place, by the block's output: inputs and outputs of all never stand side by side.
 
         The block must be loaded.
         """
-        module = self.skeleton.blocks[block]
-        stage = Stage(states.batches, self.device)
-        for number, (tokens, hidden) in enumerate(zip(states.tokens, stage, strict=True)):
-            inputs = self._inputs[self._shape(tokens)][block]
-            output = module(hidden, *inputs.args, **inputs.kwargs)
-            self._returns_tuple = isinstance(output, tuple)
-            stage.put(number, output[0] if isinstance(output, tuple) else output)
+        for _ in self.batches_of_block_(block, states):
             if progress:
                 progress()
+
+    @torch.no_grad()
+    def batches_of_block_(self, block: int, states: HiddenStates, keep: bool = True) -> Iterator[None]:
+        """`run_block_` batch by batch, so that several sets of states can go side by side; without `keep` nothing is replaced."""
+        stage = Stage(states.batches, self.device)
+        for number, (tokens, hidden) in enumerate(zip(states.tokens, stage, strict=True)):
+            output = self.forward_block(block, hidden, tokens)
+            if keep:
+                stage.put(number, output)
+            yield
         stage.finish()
+
+    def forward_block(self, block: int, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """The output of a loaded block for one batch: (sequences, seq_len, hidden_size) on the device, also with gradients."""
+        inputs = self._inputs[self._shape(tokens)][block]
+        output = self.skeleton.blocks[block](hidden, *inputs.args, **inputs.kwargs)
+        self._returns_tuple = isinstance(output, tuple)
+        return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """What the model makes of the last block's output: (sequences, seq_len, vocab_size)."""
+        return self._logits(hidden, tokens)
 
+    @torch.enable_grad()
+    def loss_gradient(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Gradient of the summed next-token loss, in nats, with respect to the last block's output; of the same shape.
+
+        Summed over tokens, not averaged: so it is of a size that 16-bit floats hold, whatever the number of tokens.
+        """
+        rows = []
+        for state, target in zip(hidden.split(1), tokens.split(1), strict=True):
+            state = state.to(self.device).detach().requires_grad_()
+            logits = self._logits(state, target)[0, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits, target[0, 1:].to(self.device), reduction="sum")
+            rows.append(torch.autograd.grad(loss, state)[0])
+        return torch.cat(rows)
+
+    def _logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         def hand_on(block: int, _hidden: Tensor, _inputs: _BlockInputs) -> Any:
             state = hidden.to(self.device)
             return (state,) if self._returns_tuple else state

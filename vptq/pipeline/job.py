@@ -37,6 +37,7 @@ class Job:
         self.folder, self.config, self.fingerprint, self.facts = folder, config, fingerprint, facts
         self.work = folder / "work"
         self.logs = folder / "logs"
+        self.codebooks = folder / "codebooks"
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -47,7 +48,10 @@ class Job:
         """
         linear = config.linear
         residual = f"+{linear.num_res_centroids[1]}" if linear.has_residual else ""
-        setting = f"v{linear.vector_len}_c{linear.num_centroids[1]}{residual}"
+        trellis = f"_b{linear.trellis_bits}" if linear.has_trellis else ""
+        setting = f"v{linear.vector_len}_c{linear.num_centroids[1]}{residual}{trellis}"
+        if config.bits is not None:
+            setting = f"{config.bits:g}bits"
         parent = Path(config.output_dir).expanduser() / _model_folder_name(config.model_name) / setting
         with writing_to(parent):
             folder = _fresh_folder(parent, time.strftime("%Y-%m-%d-%H-%M-%S"))
@@ -157,7 +161,8 @@ class Job:
 
     def drop_work(self) -> None:
         """Free the disk of what the packed checkpoint holds as well."""
-        shutil.rmtree(self.work, ignore_errors=True)
+        for folder in (self.work, self.codebooks):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def log(self, line: str, worker: int = 0) -> None:
         with writing_to(self.logs), (self.logs / f"{worker}.log").open("a", encoding="utf-8") as file:

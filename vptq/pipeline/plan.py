@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from vptq.layer_config import LayerConfig
 from vptq.models.architecture import DEMO, LinearInfo, Skeleton, check_weights
 from vptq.models.headers import DTYPE_BITS
 from vptq.models.stream import FolderSource
+from vptq.pipeline.codebooks import codebook_name
 from vptq.pipeline.evaluate import resolve_seq_len
 
 DISK_SLACK = 1.1
@@ -54,15 +56,19 @@ class RunPlan:
         return [linear for linear in self.linears if linear.info.block == block]
 
 
-def make_plan(config: QuantConfig, skeleton: Skeleton, source: FolderSource) -> RunPlan:
+def make_plan(
+    config: QuantConfig, skeleton: Skeleton, source: FolderSource, settings: Mapping[str, LinearConfig] | None = None
+) -> RunPlan:
     """Work out the run.
 
+    Args:
+        settings: of every linear, by name, where they differ; else `config.linear` is that of all.
     Raises:
         UsageError: with everything that does not fit, listed.
     """
     config.validate()
     check_weights(skeleton, source)
-    linears = _plan_linears(config.linear, skeleton)
+    linears = _plan_linears(config.linear, skeleton, settings or {})
     seq_len = resolve_seq_len(config.calibration.seq_len, skeleton.max_seq_len)
     datasets = _eval_datasets(config)
     calibration = config.calibration.dataset or (str(DEMO / "calibration.txt") if config.model_name is None else "c4")
@@ -72,15 +78,21 @@ def make_plan(config: QuantConfig, skeleton: Skeleton, source: FolderSource) -> 
     return RunPlan(linears, calibration, seq_len, datasets, bits, tuple(_warnings(config, linears)))
 
 
-def _plan_linears(config: LinearConfig, skeleton: Skeleton) -> tuple[LinearPlan, ...]:
+def _plan_linears(
+    common: LinearConfig, skeleton: Skeleton, settings: Mapping[str, LinearConfig]
+) -> tuple[LinearPlan, ...]:
     plans, faults = [], []
     float_bits = skeleton.dtype.itemsize * 8
+    owners: dict[str, str] = {}  # the first linear with a shared codebook stores it
     for info in skeleton.linears():
+        config = settings.get(info.name, common)
         geometry, reasons = plan_geometry(info.out_features, info.in_features, config)
         faults += [f"{info.name} ({info.out_features}x{info.in_features}): {reason}" for reason in reasons]
         if geometry is not None:
-            bits = linear_bits(info.name, config, geometry, float_bits)
-            plans.append(LinearPlan(info, config, LayerConfig.of(config, geometry, info.has_bias), bits))
+            owner = owners.setdefault(codebook_name(config), info.name) if config.is_shared else info.name
+            shared_of = "" if owner == info.name else owner
+            bits = linear_bits(info.name, config, geometry, float_bits, shared_of)
+            plans.append(LinearPlan(info, config, LayerConfig.of(config, geometry, info.has_bias, shared_of), bits))
     if faults:
         count = len({fault.split(" ")[0] for fault in faults})
         raise UsageError(

@@ -5,41 +5,48 @@ plan -> tokens -> block by block: inputs, Hessians, linears, each on disk as soo
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from vptq.bits import checkpoint_bits
-from vptq.calibration.hessian import BlockHessians, Hessian
+from vptq.calibration.hessian import Hessian
 from vptq.calibration.hessian_store import HessianStore, label_of
 from vptq.checkpoint.reader import DequantizedSource, is_packed, packed_tensors
 from vptq.checkpoint.writer import write_dequantized, write_packed
 from vptq.config import OFF, QuantConfig
 from vptq.data import TokenSequences, calibration_sequences, load_tokenizer
 from vptq.errors import UsageError
-from vptq.evaluation.perplexity import Perplexity, progress_steps, streamed_perplexity, token_batches
+from vptq.evaluation.perplexity import Perplexity, progress_steps, streamed_perplexity
 from vptq.models.architecture import Skeleton, load_skeleton, resolve_folder
 from vptq.models.device import forced_dtype, resolve_device
 from vptq.models.files import save_json
 from vptq.models.headers import fingerprint, folder_bytes
 from vptq.models.prefetch import PrefetchingFolder
-from vptq.models.runner import BlockRunner, HiddenStates
+from vptq.models.runner import BlockRunner
 from vptq.models.stream import FolderSource, TensorSource
 from vptq.nn.reference import dequantize_packed
+from vptq.pipeline.allocation import allocate, allocation_table, nearest_rung, read_sensitivity, to_json
+from vptq.pipeline.calibrate import Calibrator, loss_weights
+from vptq.pipeline.codebooks import codebook_file, prepare_codebooks
 from vptq.pipeline.cost import forward_units, hessian_units, linear_units
 from vptq.pipeline.evaluate import load_windows
 from vptq.pipeline.job import FREE_ON_RESUME, Job, check_resume
+from vptq.pipeline.measure import LossWeights, kept_weights, measure_sensitivity
 from vptq.pipeline.outcome import RunResult, finished_result
 from vptq.pipeline.plan import LinearPlan, RunPlan, check_disk, make_plan
-from vptq.pipeline.progress import Progress, Silent
-from vptq.pipeline.task import LinearTask
+from vptq.pipeline.progress import Progress, Silent, aligned
+from vptq.pipeline.task import LinearTask, Moments
 from vptq.pipeline.workers import check_workers, make_executor
 from vptq.quantize.trial import settle_kernels
+
+ALLOCATION = "allocation.json"
 
 
 def quantize_model(
@@ -94,7 +101,7 @@ class _Run:
         prefix = self.skeleton.source_prefix
         self.source = PrefetchingFolder(folder, prefix, pin=self.device.type == "cuda")
         self.dtype = forced_dtype(self.device) or self.skeleton.dtype
-        self.plan: RunPlan = make_plan(config, self.skeleton, self.source)
+        self.plan: RunPlan = make_plan(self._planned_config(config), self.skeleton, self.source)
         self.fingerprint = fingerprint(self.source.entries)
         if job is not None and job.fingerprint != self.fingerprint:
             raise UsageError(f"`{folder}` is not the model that `{job.folder}` was started with", hint="start a new run")
@@ -114,9 +121,18 @@ class _Run:
         job.check_facts(self._facts())
         self.job = job
         self.executor = make_executor(self.job, self.source, self.device, config.num_gpus)
+        self.weights: LossWeights | None = None
         self.figures = {name: self.job.figures(name) or {} for name in done}
 
     # -- before any work ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _planned_config(config: QuantConfig) -> QuantConfig:
+        """With --bits, until the linears are measured: all at the rung that comes nearest."""
+        if config.bits is None:
+            return config
+        config.validate()
+        return replace(config, linear=nearest_rung(config.linear, config.bits))
 
     def _find_kept_hessians(self) -> dict[str, Path]:
         """Linear name -> Hessian file, for those that --hessian_path holds. Sizes are checked here, all at once."""
@@ -183,7 +199,11 @@ class _Run:
     def execute(self) -> RunResult:
         try:
             self._announce()
-            self._quantize_blocks()
+            if self.todo:
+                self._measure()
+                self._quantize_blocks()
+            elif self.config.bits is not None:
+                self._take_allocation(json.loads((self.job.folder / ALLOCATION).read_text(encoding="utf-8")))
         finally:
             self.executor.close()
             self.source.close()
@@ -202,7 +222,9 @@ class _Run:
         total = sum(linear_units(linear) for linear in self.plan.linears)
         done = total - sum(linear_units(linear) for linear in self.todo)
         for block in range(self.last_forward_block + 1):
-            total += self._forward_units(block)
+            total += self._forward_units(block) * (2 if self.config.bits is not None else 1)
+        if self.config.calibration.hessian == "fisher" and self.tokens is not None:
+            total += self._fisher_units()
         total += 2 * sum(self._evaluation_units(windows) for windows in self.windows.values())
         self.progress.start(total, done)
 
@@ -227,6 +249,12 @@ class _Run:
         count = self.tokens.tokens.numel()
         return forward_units(self.plan, block, count) + (hessian_units(self.plan, block, count) if self._needs(block) else 0)
 
+    def _fisher_units(self) -> float:
+        """A forward and a backward pass, with the forward pass of each block once more: four passes."""
+        assert self.tokens is not None
+        count = self.tokens.tokens.numel()
+        return 4 * sum(forward_units(self.plan, block, count) for block in range(len(self.skeleton.blocks)))
+
     def _evaluation_units(self, windows: Tensor) -> float:
         return sum(forward_units(self.plan, block, windows.numel()) for block in range(len(self.skeleton.blocks)))
 
@@ -234,40 +262,108 @@ class _Run:
         """Linears of a block that are to do and whose Hessian must be made."""
         return [linear for linear in self.todo if linear.info.block == block and linear.name not in self.kept]
 
+    def _measure(self) -> None:
+        """What the quantization of all linears rests on: token weights of the loss, the allocation, shared codebooks."""
+        absolute: dict[str, Tensor] | None = None
+        if self.config.calibration.hessian == "fisher" and self.tokens is not None:
+            self.progress.phase("gradients of the loss")
+            absolute = kept_weights(self.job.folder / "fisher.safetensors", self._loss_weights)
+        if self.config.bits is not None:
+            self._allocate(self.config.bits, absolute)
+        if absolute is not None:
+            self.weights = LossWeights(absolute, self.plan)
+        configs = [linear.config for linear in self.todo]
+        names = [linear.name for linear in self.plan.linears]
+        prepare_codebooks(self.job.codebooks, configs, self.device, self.source, names)
+
+    def _loss_weights(self) -> dict[str, Tensor]:
+        assert self.tokens is not None
+        row_groups = {linear.name: linear.layer.row_groups for linear in self.plan.linears}
+        total = self._fisher_units()
+        args = self.skeleton, self.source, self.device, self.dtype, self.tokens, row_groups
+        return loss_weights(*args, lambda part: self.progress.advance(part * total))
+
+    def _allocate(self, bits: float, absolute: dict[str, Tensor] | None) -> None:
+        """Choose every linear's setting, or take up the choice that a run made before it was stopped."""
+        path = self.job.folder / ALLOCATION
+        if path.exists():
+            self._take_allocation(json.loads(path.read_text(encoding="utf-8")))
+            return
+        infos = [linear.info for linear in self.plan.linears]
+        found = allocate(infos, self._sensitivity(absolute), self.config.linear, bits, self.skeleton.dtype.itemsize * 8)
+        settings = {name: [config.vector_len, config.trellis_bits] for name, config in found.settings.items()}
+        save_json(path, {"bits": found.bits, "loss": found.loss, "settings": settings})
+        self.progress.note(f"{found.bits:.4f} stored bits a weight:\n{aligned(allocation_table(found, infos))}")
+        self.job.log(f"allocation: {found.bits:.4f} stored bits a weight, predicted rise of the loss {found.loss:.4f} nats")
+        self._take_allocation(json.loads(path.read_text(encoding="utf-8")))
+
+    def _sensitivity(self, absolute: dict[str, Tensor] | None) -> dict[str, float]:
+        given = self.config.sensitivity_path
+        path = Path(given).expanduser() if given else self.job.folder / "sensitivity.json"
+        if path.exists():
+            return read_sensitivity(path, self.fingerprint, [linear.name for linear in self.plan.linears])
+        assert self.tokens is not None
+        self.progress.phase("sensitivity of the linears")
+        weights = None if absolute is None else LossWeights(absolute, self.plan)
+        calibrator = self._calibrator(weights)
+        found = measure_sensitivity(
+            calibrator,
+            self.plan,
+            weights.means if weights is not None else None,
+            self.source,
+            self.device,
+            lambda block: self.progress.advance(self._forward_units(block) / calibrator.num_batches),
+        )
+        calibrator.close()
+        save_json(path, to_json(found, self.fingerprint, self._facts()))
+        return found
+
+    def _take_allocation(self, stored: dict[str, Any]) -> None:
+        base = self.config.linear
+        settings = {
+            name: replace(base, vector_lens=(OFF, v), trellis_bits=bits) for name, (v, bits) in stored["settings"].items()
+        }
+        self.plan = make_plan(self.config, self.skeleton, self.source, settings)
+        names = {linear.name for linear in self.todo}
+        self.todo = [linear for linear in self.plan.linears if linear.name in names]
+
+    def _calibrator(self, weights: LossWeights | None, quantized: TensorSource | None = None) -> Calibrator:
+        assert self.tokens is not None
+        relative = weights.relative if weights is not None else None
+        return Calibrator(self.skeleton, self.source, self.device, self.dtype, self.tokens, relative, quantized)
+
     def _quantize_blocks(self) -> None:
-        runner, states = None, None
+        calibrator = None
         if self.tokens is not None:
             self.progress.phase("calibrating")
-            runner = BlockRunner(self.skeleton, self.source, self.device, self.dtype)
-            states = runner.embed(token_batches(self.tokens.tokens))
+            quantized = self._quantized_source() if self.config.calibration.sequential else None
+            calibrator = self._calibrator(self.weights, quantized)
         for block in range(len(self.skeleton.blocks)):
             fresh: list[Hessian] = []
-            if runner is not None and states is not None and block <= self.last_forward_block:
+            if calibrator is not None and block <= self.last_forward_block:
                 self.progress.phase(f"block {block}: calibrating")
-                fresh = self._run_block(runner, states, block)
+                fresh = self._run_block(calibrator, block)
             self._quantize_block(block, fresh)
-        if runner is not None:
-            runner.unload()
+            if calibrator is not None and block < self.last_forward_block:
+                calibrator.follow(block)
+        if calibrator is not None:
+            calibrator.close()
 
-    def _run_block(self, runner: BlockRunner, states: HiddenStates, block: int) -> list[Hessian]:
-        """Carry the states past a block; on the way, its Hessians where they are needed."""
-        runner.load_block(block)
-        units = self._forward_units(block) / len(states.batches)
-        watcher = BlockHessians(self.skeleton.block_name(block))
-        watching = watcher.watching(self.skeleton.blocks[block]) if self._needs(block) else contextlib.nullcontext()
-        with watching:
-            runner.run_block_(block, states, lambda: self.progress.advance(units))
-        runner.unload_block(block)
-        if block < self.last_forward_block:
-            self.source.prefetch(runner.block_parameters(block + 1))
-        fresh = watcher.collect()
+    def _quantized_source(self) -> DequantizedSource:
+        layers = {linear.name: linear.layer for linear in self.plan.linears}
+        return DequantizedSource(self.source, layers, self._packed, self.skeleton.dtype)
+
+    def _run_block(self, calibrator: Calibrator, block: int) -> list[Hessian]:
+        """Carry the states past a block; on the way, its Hessians where they are needed, kept where that is asked for."""
+        units = self._forward_units(block) / calibrator.num_batches
+        last = block == self.last_forward_block
+        fresh = calibrator.block(block, bool(self._needs(block)), last, lambda: self.progress.advance(units))
         if self.store is not None and self.tokens is not None:
-            calibration = self.config.calibration
             provenance = {
                 "dataset": self.tokens.dataset,
                 "nsamples": str(self.tokens.num_sequences),
                 "seq_len": str(self.tokens.seq_len),
-                "seed": str(calibration.seed),
+                "seed": str(self.config.calibration.seed),
             }
             wanted = {linear.info.suffix for linear in self._needs(block)}
             for hessian in fresh:
@@ -280,14 +376,15 @@ class _Run:
         if not todo:
             return
         self.progress.phase(f"block {block}: quantizing")
-        made = {suffix: hessian.matrix for hessian in fresh for suffix in hessian.linears}
-        loaded: dict[Path, Tensor] = {}
-        hessians: dict[str, Tensor] = {}
+        moments = {id(hessian): Moments(hessian.matrix, hessian.drift) for hessian in fresh}
+        made = {suffix: moments[id(hessian)] for hessian in fresh for suffix in hessian.linears}
+        loaded: dict[Path, Moments] = {}
+        hessians: dict[str, Moments] = {}
         for linear in todo:
             path = self.kept.get(linear.name)
             if path is not None and self.store is not None:
                 if path not in loaded:
-                    loaded[path] = self.store.load(path, linear.info.in_features)
+                    loaded[path] = Moments(self.store.load(path, linear.info.in_features))
                 hessians[linear.info.suffix] = loaded[path]
             elif linear.info.suffix in made:
                 hessians[linear.info.suffix] = made[linear.info.suffix]
@@ -299,9 +396,13 @@ class _Run:
                 hint="calibrate with more text (--nsamples, --dataset)",
             )
         units = {linear.name: linear_units(linear) for linear in todo}
-        for figures in self.executor.run([LinearTask(linear, self.skeleton.dtype) for linear in todo], hessians):
+        for figures in self.executor.run([self._task(linear) for linear in todo], hessians):
             self.figures[figures["name"]] = figures
             self.progress.advance(units[figures["name"]])
+
+    def _task(self, linear: LinearPlan) -> LinearTask:
+        codebook = codebook_file(self.job.codebooks, linear.config) if linear.config.is_shared else None
+        return LinearTask(linear, self.skeleton.dtype, codebook)
 
     # -- what comes out -------------------------------------------------------------------------------------------------
 
@@ -311,18 +412,18 @@ class _Run:
         packed, model = self.job.folder / "packed_model", self.job.folder / "model"
         if self.config.save_packed_model and not packed.exists():
             self.progress.phase("writing packed_model")
-            write_packed(packed, self.source, parameters, layers, ((name, self._packed(name)) for name in layers))
+            write_packed(packed, self.source, parameters, layers, ((name, self.job.tensors(name)) for name in layers))
         if self.config.save_model and not model.exists():
             self.progress.phase("writing model")
             write_dequantized(model, self.source, parameters, list(layers), self._dequantized())
 
     def _packed(self, name: str) -> dict[str, Tensor]:
         """A finished linear's tensors, from its work file, or from the packed checkpoint once that has taken its place."""
-        if self.job.work_file(name).exists():
-            return self.job.tensors(name)
-        folder = FolderSource(self.job.folder / "packed_model", self.source.base_prefix)
         layer = next(linear.layer for linear in self.plan.linears if linear.name == name)
-        return packed_tensors(folder, name, layer)
+        if self.job.work_file(name).exists():
+            shared = {} if layer.stores_codebook else self.job.tensors(layer.codebook_of)
+            return self.job.tensors(name) | {key: shared[key] for key in shared if key in layer.codebook_shapes()}
+        return packed_tensors(FolderSource(self.job.folder / "packed_model", self.source.base_prefix), name, layer)
 
     def _dequantized(self) -> Iterator[tuple[str, Tensor]]:
         for linear in self.plan.linears:
@@ -332,8 +433,7 @@ class _Run:
     def _evaluate(self) -> tuple[tuple[str, Perplexity, Perplexity], ...]:
         if not self.windows:
             return ()
-        layers = {linear.name: linear.layer for linear in self.plan.linears}
-        quantized = DequantizedSource(self.source, layers, self._packed, self.skeleton.dtype)
+        quantized = self._quantized_source()
         before = self._perplexities("original", self.source)
         after = self._perplexities("quantized", quantized)
         return tuple((name, before[name], after[name]) for name in self.windows)
@@ -364,6 +464,7 @@ class _Run:
             save_json(self.job.folder / "ppl_results.json", results)
         save_json(self.job.folder / "linears.json", list(figures))
         self.job.save(finished=True)
+        (self.job.folder / "fisher.safetensors").unlink(missing_ok=True)
         if packed.exists():
             self.job.drop_work()
         self.progress.finish()

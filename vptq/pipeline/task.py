@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from vptq.backend import use_kernels
 from vptq.checkpoint.names import to_tensors
 from vptq.models.stream import TensorSource
+from vptq.pipeline.codebooks import load_codebooks
 from vptq.pipeline.job import Job
 from vptq.pipeline.plan import LinearPlan
 from vptq.quantize.linear import LinearInput, quantize_linears
@@ -26,6 +28,15 @@ class LinearTask:
 
     plan: LinearPlan
     dtype: torch.dtype
+    codebook: Path | None = None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of a linear's inputs: see `LinearInput`."""
+
+    hessian: Tensor
+    drift: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,25 +57,28 @@ def make_batches(tasks: list[LinearTask], device: torch.device) -> list[list[Lin
         info, vectors = task.plan.info, task.plan.layer.geometry.num_vectors
         alike = batches.setdefault((info.out_features, info.in_features, task.plan.config, task.dtype), [[]])
         count = len(alike[-1]) + 1
-        if count > 1 and (vectors * count > BATCH_VECTORS or info.in_features**2 * count > BATCH_METRIC):
+        metrics = info.in_features**2 * count * task.plan.layer.row_groups
+        full = not task.plan.config.has_trellis and vectors * count > BATCH_VECTORS
+        if count > 1 and (full or metrics > BATCH_METRIC):
             alike.append([])
         alike[-1].append(task)
     return [batch for alike in batches.values() for batch in alike]
 
 
 def quantize_batch(
-    tasks: list[LinearTask], source: TensorSource, hessians: Mapping[str, Tensor], device: torch.device
+    tasks: list[LinearTask], source: TensorSource, hessians: Mapping[str, Moments], device: torch.device
 ) -> list[Finished]:
-    """Quantize linears of one shape and setting. hessians: by suffix, (in_features, in_features) float32."""
-    inputs = [
-        LinearInput(
-            task.plan.name,
-            source.get(f"{task.plan.name}.weight").to(device, non_blocking=True),
-            hessians[task.plan.info.suffix].to(device),
-        )
-        for task in tasks
-    ]
-    found = quantize_linears(inputs, tasks[0].plan.config, storage_dtype=tasks[0].dtype)
+    """Quantize linears of one shape and setting. hessians: by suffix."""
+    inputs = []
+    for task in tasks:
+        moments = hessians[task.plan.info.suffix]
+        weight = source.get(f"{task.plan.name}.weight").to(device, non_blocking=True)
+        drift = None if moments.drift is None else moments.drift.to(device)
+        inputs.append(LinearInput(task.plan.name, weight, moments.hessian.to(device), drift))
+    config, dtype = tasks[0].plan.config, tasks[0].dtype
+    path = tasks[0].codebook
+    shared = None if path is None else load_codebooks(path, config.bitwidth, config.bsize, dtype, device)
+    found = quantize_linears(inputs, config, storage_dtype=dtype, shared=shared)
     finished = []
     for task, (quantized, report) in zip(tasks, found, strict=True):
         plan = task.plan
@@ -91,11 +105,13 @@ def keep(finished: Finished, job: Job, worker: int) -> dict[str, Any]:
 def log_line(figures: dict[str, Any]) -> str:
     """One line for a linear: shape, bits, errors, k-means iterations, seconds, and damping where it had to be raised."""
     out_features, in_features = figures["shape"]
-    residual = "" if figures["error_residual"] is None else f"  residual {figures['error_residual']:.5f}"
+    names = {"error_kmeans": "k-means", "error_sweep": "sweep", "error_residual": "residual", "error_refined": "refined"}
+    errors = "  ".join(f"{name} {figures[key]:.5f}" for key, name in names.items() if figures[key] is not None)
+    iterations = " ".join(map(str, figures["kmeans_iterations"]))
+    kmeans = f"  k-means iterations {iterations}" if iterations else ""
     retries = figures["damping_retries"]
     damping = f"  damping raised {retries}x to {figures['damping_frac']:g}" if retries else ""
     return (
         f"{figures['name']}  {out_features}x{in_features}  {figures['bits']:.3f} bits  "
-        f"proxy error: k-means {figures['error_kmeans']:.5f}  sweep {figures['error_sweep']:.5f}{residual}  "
-        f"k-means iterations {' '.join(map(str, figures['kmeans_iterations']))}  {figures['seconds']:.2f} s{damping}"
+        f"proxy error: {errors}{kmeans}  {figures['seconds']:.2f} s{damping}"
     )

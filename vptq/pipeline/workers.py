@@ -18,20 +18,19 @@ from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from vptq.errors import RunError, UsageError
 from vptq.models.files import save_tensors
 from vptq.models.prefetch import PrefetchingFolder
 from vptq.models.stream import FolderSource
 from vptq.pipeline.job import Job
-from vptq.pipeline.task import LinearTask, keep, make_batches, quantize_batch
+from vptq.pipeline.task import LinearTask, Moments, keep, make_batches, quantize_batch
 
 
 class Executor(Protocol):
     """Runs the tasks of one block; yields each one's figures as it is done."""
 
-    def run(self, tasks: list[LinearTask], hessians: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]: ...
+    def run(self, tasks: list[LinearTask], hessians: Mapping[str, Moments]) -> Iterator[dict[str, Any]]: ...
 
     def close(self) -> None: ...
 
@@ -43,7 +42,7 @@ class InProcess:
         self.job, self.source, self.device = job, source, device
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
 
-    def run(self, tasks: list[LinearTask], hessians: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
+    def run(self, tasks: list[LinearTask], hessians: Mapping[str, Moments]) -> Iterator[dict[str, Any]]:
         batches = make_batches(tasks, self.device)
         writing: list[Future[dict[str, Any]]] = []
         for number, batch in enumerate(batches):
@@ -80,7 +79,7 @@ class Processes:
             shutil.rmtree(left, ignore_errors=True)
         self.pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker, initargs=setup)
 
-    def run(self, tasks: list[LinearTask], hessians: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
+    def run(self, tasks: list[LinearTask], hessians: Mapping[str, Moments]) -> Iterator[dict[str, Any]]:
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="hessians-") as shared:
             files = _share(Path(shared), hessians)
             batches = make_batches(tasks, self.device)
@@ -111,14 +110,22 @@ def make_executor(job: Job, source: PrefetchingFolder, device: torch.device, num
     return InProcess(job, source, device) if num_gpus == 1 else Processes(job, source, device, num_gpus)
 
 
-def _share(folder: Path, hessians: Mapping[str, Tensor]) -> dict[str, Path]:
-    """Hessians as files, each distinct one once."""
+def _share(folder: Path, hessians: Mapping[str, Moments]) -> dict[str, Path]:
+    """Moments as files, each distinct one once."""
     files: dict[int, Path] = {}
-    for matrix in hessians.values():
-        if id(matrix) not in files:
-            files[id(matrix)] = folder / f"{len(files)}.safetensors"
-            save_tensors(files[id(matrix)], {"hessian": matrix.cpu()})
-    return {suffix: files[id(matrix)] for suffix, matrix in hessians.items()}
+    for moments in hessians.values():
+        if id(moments.hessian) not in files:
+            files[id(moments.hessian)] = folder / f"{len(files)}.safetensors"
+            tensors = {"hessian": moments.hessian.cpu()}
+            if moments.drift is not None:
+                tensors["drift"] = moments.drift.cpu()
+            save_tensors(files[id(moments.hessian)], tensors)
+    return {suffix: files[id(moments.hessian)] for suffix, moments in hessians.items()}
+
+
+def _load_moments(path: Path) -> Moments:
+    found = load_file(path)
+    return Moments(found["hessian"], found.get("drift"))
 
 
 _worker: dict[str, Any] = {}  # what one worker process is given once, at its start
@@ -140,7 +147,7 @@ def _start_worker(numbers: Any, gpus: int, threads: int, run_folder: Path, model
 
 def _run_in_worker(batch: list[LinearTask], files: Mapping[str, Path]) -> list[dict[str, Any]]:
     suffixes = {task.plan.info.suffix for task in batch}
-    loaded = {file: load_file(file)["hessian"] for file in {files[suffix] for suffix in suffixes}}
+    loaded = {file: _load_moments(file) for file in {files[suffix] for suffix in suffixes}}
     hessians = {suffix: loaded[files[suffix]] for suffix in suffixes}
     finished = quantize_batch(batch, _worker["source"], hessians, _worker["device"])
     return [keep(linear, _worker["job"], _worker["number"]) for linear in finished]

@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from vptq.config import LinearConfig
+from vptq.quantize.assign import assign_nearest
+from vptq.quantize.columns import ColumnQuantizer, TrellisQuantizer, VectorQuantizer
 from vptq.quantize.fixed_point import FixedPointSums
 from vptq.quantize.kmeans import batched_kmeans
 from vptq.quantize.layout import VectorWeights
@@ -16,6 +19,7 @@ SAMPLES_A_CENTROID = 64
 FEWEST_SAMPLES, MOST_SAMPLES = 1 << 18, 1 << 22
 KMEANS_ITERATIONS = 60
 TRELLIS_SEQUENCES, TRELLIS_STEPS, TRELLIS_ITERATIONS = 2048, 256, 40
+TEST_NUMBERS = 1 << 20
 PRIOR = 2.0  # samples that a state's old value counts for
 SEED = 0
 
@@ -26,6 +30,14 @@ def gaussian_codebook(vector_len: int, num_centroids: int, device: torch.device)
     generator = torch.Generator().manual_seed(SEED)
     samples = torch.randn(count, vector_len, generator=generator).to(device)
     return train_codebook(samples, num_centroids, generator)
+
+
+def residual_codebook(main: Tensor, num_centroids: int, samples: Tensor | None = None) -> Tensor:
+    """k-means of what the main codebook (k, vector_len) leaves of `samples`, or of a Gaussian: (num_centroids, vector_len)."""
+    generator = torch.Generator().manual_seed(SEED + 1)
+    if samples is None:
+        samples = torch.randn(FEWEST_SAMPLES, main.shape[1], generator=generator).to(main.device)
+    return train_codebook(samples - main[assign_nearest(samples, main)], num_centroids, generator)
 
 
 def train_codebook(vectors: Tensor, num_centroids: int, generator: torch.Generator) -> Tensor:
@@ -68,3 +80,21 @@ def _first_table(vector_len: int, trellis: Trellis, generator: torch.Generator) 
     part = torch.stack([torch.randperm(branches, generator=generator) for _ in range(overlaps)], 1).double()
     quantile = ((part + place) / branches).view(-1, 1)
     return (torch.erfinv(2 * quantile - 1) * math.sqrt(2)).float()
+
+
+def mean_squared_error(config: LinearConfig, main: Tensor, residual: Tensor | None = None, rows: int = 256) -> float:
+    """Error a number of fresh standard normal columns, with rings as long as those of a linear with `rows` output rows.
+
+    Args:
+        main, residual: (k, vector_len) float32, the codebooks of `config`.
+    """
+    rows = -(-rows // config.vector_len) * config.vector_len
+    generator = torch.Generator().manual_seed(SEED + 2)
+    columns = torch.randn(TEST_NUMBERS // rows, rows, generator=generator).to(main.device)
+    quantizer: ColumnQuantizer
+    if config.has_trellis:
+        trellis = Trellis(len(main).bit_length() - 1, config.trellis_bits)
+        quantizer = TrellisQuantizer(main, trellis, rows, rows // config.vector_len)
+    else:
+        quantizer = VectorQuantizer((main,) if residual is None else (main, residual), rows)
+    return (columns - quantizer.decode(quantizer.encode(columns))).square().mean().item()
