@@ -97,9 +97,7 @@ def _ratio(bits: int, weights: int) -> float:
     return float(f"{bits / weights:.16g}")
 
 
-def linear_bits(
-    name: str, config: LinearConfig, geometry: Geometry, float_bits: int = 16, codebook_of: str = ""
-) -> LinearBits:
+def linear_bits(name: str, config: LinearConfig, geometry: Geometry, float_bits: int = 16, codebook_of: str = "") -> LinearBits:
     """Bits of one linear under a setting.
 
     Args:
@@ -150,7 +148,8 @@ def matrix_bits(out_features: int, in_features: int, config: LinearConfig) -> Mo
 
 def model_bits(shapes: ModelShapes, config: LinearConfig) -> ModelBits:
     """Bits of a model's linears and the rest of its file. Raises UsageError with all linears that do not fit."""
-    found, faults = [], []
+    found: list[LinearBits] = []
+    faults: list[str] = []
     for linear in shapes.linears:
         geometry, reasons = plan_geometry(linear.out_features, linear.in_features, config)
         faults += [f"{linear.name}: {reason}" for reason in reasons]

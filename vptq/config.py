@@ -58,7 +58,9 @@ class LinearConfig:
     bitwidth: int = option(FLOAT_BITWIDTH, "vectors", "bits of each stored codebook number, 2 to 16 (16 = model's float)")
     bsize: int = option(16, "vectors", "centroids that share one scale where --bitwidth is under 16")
     enable_norm: bool | None = option(
-        None, "vectors", "normalise every input column by its mean and standard deviation (default: on; off with a shared codebook)"
+        None,
+        "vectors",
+        "normalise every input column by its mean and standard deviation (default: on; off with a shared codebook)",
     )
     enable_perm: bool = option(True, "vectors", "order the columns by falling Hessian diagonal")
     absorb_perm: bool = option(
@@ -270,7 +272,9 @@ class CalibrationConfig:
     seed: int = option(0, "calibration", "seed of the choice of sequences")
     hessian_path: str | None = option(None, "calibration", "folder that keeps Hessians and gives them back; published ones too")
     hessian: HessianKind = option(
-        "input", "calibration", "what errors are weighed by: second moments of the inputs, or those weighted by the loss (fisher)"
+        "input",
+        "calibration",
+        "what errors are weighed by: second moments of the inputs, or those weighted by the loss (fisher)",
     )
     sequential: bool = option(
         False, "calibration", "calibrate each block on what the quantized blocks before it put out, aiming at the original's"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from vptq.cli.options import make_parser, normalise_flags
+from vptq.cli.options import make_parser, normalise_flags, positive
 from vptq.cli.show import Bar, check_target, table, with_error, write_json
 from vptq.config import DEFAULT_SEQ_LEN
 
@@ -29,19 +28,19 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--seq_len",
-        type=_positive,
+        type=positive,
         default=None,
         metavar="INT",
         help=f"context: tokens a window (default: {DEFAULT_SEQ_LEN}, or the model's if shorter)",
     )
     parser.add_argument(
         "--stride",
-        type=_positive,
+        type=positive,
         default=None,
         metavar="INT",
         help="tokens between two windows; under --seq_len, only a window's last STRIDE tokens count (default: seq_len)",
     )
-    parser.add_argument("--limit", type=_positive, default=None, metavar="INT", help="most windows (default: all)")
+    parser.add_argument("--limit", type=positive, default=None, metavar="INT", help="most windows (default: all)")
     parser.add_argument("--device", default=None, metavar="STR", help="cuda, cuda:N or cpu (default: cuda where there is one)")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the figures as JSON (- for stdout)")
     parser.add_argument("--trust_remote_code", action="store_true", default=False, help="let the model folder's own code run")
@@ -69,12 +68,6 @@ def run(argv: Sequence[str]) -> int:
     if args.json is not None:
         write_json(_as_json(args.model_name, results), args.json)
     return 0
-
-
-def _positive(word: str) -> int:
-    if not word.isdigit() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of 1 or more")
-    return int(word)
 
 
 def _as_json(model_name: str | None, results: list[Any]) -> dict[str, Any]:

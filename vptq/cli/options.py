@@ -170,6 +170,13 @@ def _describe(hint: Any) -> str:
     return names.get(_base_type(hint), "a valid value")
 
 
+def positive(word: str) -> int:
+    """A whole number of 1 or more, for argparse."""
+    if not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of 1 or more")
+    return int(word)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Settings of a YAML file. Raises UsageError with path and reason."""
     import yaml

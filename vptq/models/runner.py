@@ -115,7 +115,7 @@ class BlockRunner:
 
     @torch.no_grad()
     def batches_of_block_(self, block: int, states: HiddenStates, keep: bool = True) -> Iterator[None]:
-        """`run_block_` batch by batch, so that several sets of states can go side by side; without `keep` nothing is replaced."""
+        """`run_block_` batch by batch, so that sets of states can go side by side; without `keep` nothing is replaced."""
         stage = Stage(states.batches, self.device)
         for number, (tokens, hidden) in enumerate(zip(states.tokens, stage, strict=True)):
             output = self.forward_block(block, hidden, tokens)

@@ -33,6 +33,8 @@ def replace_linears(model: nn.Module, layers: dict[str, LayerConfig], device: st
         setattr(model.get_submodule(parent) if parent else model, child, new)
     for name, config in layers.items():
         if not faults and not config.stores_codebook:
-            model.get_submodule(name).share_codebook(model.get_submodule(config.codebook_of))
+            sharer, owner = model.get_submodule(name), model.get_submodule(config.codebook_of)
+            assert isinstance(sharer, VQuantLinear) and isinstance(owner, VQuantLinear)
+            sharer.share_codebook(owner)
     if faults:
         raise CheckpointError("the checkpoint's quantized linears do not fit the model", where=faults)

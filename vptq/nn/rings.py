@@ -1,8 +1,7 @@
-"""The bits of a trellis as they are stored: ring by ring, with a column's words one column apart, so that lanes read in step."""
+"""The bits of a trellis as they are stored: ring by ring, words of neighbouring columns side by side."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vptq.layer_config import LayerConfig
@@ -30,4 +29,3 @@ def unpack_rings(words: Tensor, config: LayerConfig) -> Tensor:
     stored = unpack_bits(words.transpose(1, 2), config.trellis_bits, config.ring_len)
     states = states_of(stored, trellis_of(config))
     return states.transpose(1, 2).reshape(-1, words.shape[2])
-

@@ -58,10 +58,11 @@ def allocate(
     ladder = rungs(base)
     errors = [shipped_error(config) for config in ladder]
     usable = [(config, error) for config, error in zip(ladder, errors, strict=True) if error is not None]
-    bits, losses, choices = [], [], []
+    bits: list[list[int]] = []
+    losses, choices = [], []
     for info in linears:
-        fitting = [(config, error, _stored(info, config, float_bits)) for config, error in usable]
-        fitting = [(config, error, stored) for config, error, stored in fitting if stored is not None]
+        tried = [(config, error, _stored(info, config, float_bits)) for config, error in usable]
+        fitting = [(config, error, stored) for config, error, stored in tried if stored is not None]
         choices.append([config for config, _, _ in fitting])
         bits.append([stored for _, _, stored in fitting])
         losses.append([sensitivity[info.name] * error for _, error, _ in fitting])

@@ -104,7 +104,7 @@ def _find(config: LinearConfig, device: torch.device, source: TensorSource, line
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(cached, made)
-    except Exception:  # noqa: S110 (a cache that can't be written costs time only)
+    except Exception:
         pass
     return made
 
@@ -117,16 +117,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vptq"
 
 
-def _train_on_model(
-    config: LinearConfig, device: torch.device, source: TensorSource, linears: list[str]
-) -> dict[str, Tensor]:
+def _train_on_model(config: LinearConfig, device: torch.device, source: TensorSource, linears: list[str]) -> dict[str, Tensor]:
     """k-means of vectors drawn from the rotated weights of all linears, each brought to unit variance."""
     generator = torch.Generator().manual_seed(0)
     drawn = []
     for name in linears:
         weight = source.get(f"{name}.weight").to(device).float()
         if config.rotation != "none":
-            across, down = rotations(*weight.shape, config.rotation_seed, 1)
+            out_features, in_features = weight.shape
+            across, down = rotations(out_features, in_features, config.rotation_seed, 1)
             weight = down.apply(across.apply(weight).T).T
         rows = len(weight) // config.vector_len * config.vector_len
         vectors = (weight[:rows] / weight.square().mean().sqrt()).T.reshape(-1, config.vector_len)
@@ -139,4 +138,3 @@ def _train_on_model(
     if config.has_residual:
         found["residual"] = residual_codebook(found["main"], config.num_res_centroids[1], samples)
     return found
-

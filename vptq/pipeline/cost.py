@@ -17,7 +17,9 @@ def linear_units(linear: LinearPlan) -> float:
     """k-means, sweep and factorisation of one linear."""
     config, geometry = linear.config, linear.layer.geometry
     stages = [config.num_centroids[1]] + ([config.num_res_centroids[1]] if config.has_residual else [])
-    distances = sum(geometry.num_vectors * k * (config.kiter * USUAL_ITERATIONS + 3) for k in stages)
+    searches = 1 if config.is_shared else config.kiter * USUAL_ITERATIONS + 3
+    searches = (2 if config.has_trellis else searches) + config.refine_iters
+    distances = sum(geometry.num_vectors * k * searches for k in stages)
     products = 4.0 * len(stages) * geometry.out_features * geometry.in_features**2 + 3.0 * geometry.in_features**3
     return (DISTANCE_COST * distances + products) / UNIT
 
@@ -26,6 +28,12 @@ def forward_units(plan: RunPlan, block: int, num_tokens: int) -> float:
     """One block over some tokens."""
     weights = sum(linear.bits.num_weights for linear in plan.of_block(block))
     return 2.0 * weights * num_tokens / UNIT
+
+
+def fisher_units(plan: RunPlan, num_tokens: int) -> float:
+    """The gradients of all linears: forward, forward again, and backward, which costs two of these."""
+    blocks = {linear.info.block for linear in plan.linears}
+    return 4 * sum(forward_units(plan, block, num_tokens) for block in blocks)
 
 
 def hessian_units(plan: RunPlan, block: int, num_tokens: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def measure_sensitivity(
     found: dict[str, float] = {}
     blocks = sorted({linear.info.block for linear in plan.linears})
     for block in blocks:
-        hessians = calibrator.block(block, True, block == blocks[-1], lambda block=block: progress(block))
+        hessians = calibrator.block(block, True, block == blocks[-1], functools.partial(progress, block))
         moments = {suffix: hessian for hessian in hessians for suffix in hessian.linears}
         for linear in plan.of_block(block):
             if linear.info.suffix not in moments:

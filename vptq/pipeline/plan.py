@@ -78,9 +78,7 @@ def make_plan(
     return RunPlan(linears, calibration, seq_len, datasets, bits, tuple(_warnings(config, linears)))
 
 
-def _plan_linears(
-    common: LinearConfig, skeleton: Skeleton, settings: Mapping[str, LinearConfig]
-) -> tuple[LinearPlan, ...]:
+def _plan_linears(common: LinearConfig, skeleton: Skeleton, settings: Mapping[str, LinearConfig]) -> tuple[LinearPlan, ...]:
     plans, faults = [], []
     float_bits = skeleton.dtype.itemsize * 8
     owners: dict[str, str] = {}  # the first linear with a shared codebook stores it

@@ -6,10 +6,8 @@ plan -> tokens -> block by block: inputs, Hessians, linears, each on disk as soo
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +30,18 @@ from vptq.models.prefetch import PrefetchingFolder
 from vptq.models.runner import BlockRunner
 from vptq.models.stream import FolderSource, TensorSource
 from vptq.nn.reference import dequantize_packed
-from vptq.pipeline.allocation import allocate, allocation_table, nearest_rung, read_sensitivity, to_json
-from vptq.pipeline.calibrate import Calibrator, loss_weights
+from vptq.pipeline.calibrate import Calibrator
 from vptq.pipeline.codebooks import codebook_file, prepare_codebooks
-from vptq.pipeline.cost import forward_units, hessian_units, linear_units
+from vptq.pipeline.cost import fisher_units, forward_units, hessian_units, linear_units
 from vptq.pipeline.evaluate import load_windows
 from vptq.pipeline.job import FREE_ON_RESUME, Job, check_resume
-from vptq.pipeline.measure import LossWeights, kept_weights, measure_sensitivity
 from vptq.pipeline.outcome import RunResult, finished_result
-from vptq.pipeline.plan import LinearPlan, RunPlan, check_disk, make_plan
-from vptq.pipeline.progress import Progress, Silent, aligned
+from vptq.pipeline.plan import LinearPlan, RunPlan, check_disk
+from vptq.pipeline.progress import Progress, Silent
+from vptq.pipeline.settle import TOKEN_WEIGHTS, Context, first_plan, settle
 from vptq.pipeline.task import LinearTask, Moments
 from vptq.pipeline.workers import check_workers, make_executor
 from vptq.quantize.trial import settle_kernels
-
-ALLOCATION = "allocation.json"
 
 
 def quantize_model(
@@ -101,7 +96,7 @@ class _Run:
         prefix = self.skeleton.source_prefix
         self.source = PrefetchingFolder(folder, prefix, pin=self.device.type == "cuda")
         self.dtype = forced_dtype(self.device) or self.skeleton.dtype
-        self.plan: RunPlan = make_plan(self._planned_config(config), self.skeleton, self.source)
+        self.plan: RunPlan = first_plan(config, self.skeleton, self.source, job)
         self.fingerprint = fingerprint(self.source.entries)
         if job is not None and job.fingerprint != self.fingerprint:
             raise UsageError(f"`{folder}` is not the model that `{job.folder}` was started with", hint="start a new run")
@@ -121,18 +116,9 @@ class _Run:
         job.check_facts(self._facts())
         self.job = job
         self.executor = make_executor(self.job, self.source, self.device, config.num_gpus)
-        self.weights: LossWeights | None = None
         self.figures = {name: self.job.figures(name) or {} for name in done}
 
     # -- before any work ------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _planned_config(config: QuantConfig) -> QuantConfig:
-        """With --bits, until the linears are measured: all at the rung that comes nearest."""
-        if config.bits is None:
-            return config
-        config.validate()
-        return replace(config, linear=nearest_rung(config.linear, config.bits))
 
     def _find_kept_hessians(self) -> dict[str, Path]:
         """Linear name -> Hessian file, for those that --hessian_path holds. Sizes are checked here, all at once."""
@@ -199,11 +185,7 @@ class _Run:
     def execute(self) -> RunResult:
         try:
             self._announce()
-            if self.todo:
-                self._measure()
-                self._quantize_blocks()
-            elif self.config.bits is not None:
-                self._take_allocation(json.loads((self.job.folder / ALLOCATION).read_text(encoding="utf-8")))
+            self._quantize_blocks()
         finally:
             self.executor.close()
             self.source.close()
@@ -222,9 +204,9 @@ class _Run:
         total = sum(linear_units(linear) for linear in self.plan.linears)
         done = total - sum(linear_units(linear) for linear in self.todo)
         for block in range(self.last_forward_block + 1):
-            total += self._forward_units(block) * (2 if self.config.bits is not None else 1)
+            total += self._forward_units(block) * (1 if self.config.bits is None else 2)
         if self.config.calibration.hessian == "fisher" and self.tokens is not None:
-            total += self._fisher_units()
+            total += fisher_units(self.plan, self.tokens.tokens.numel())
         total += 2 * sum(self._evaluation_units(windows) for windows in self.windows.values())
         self.progress.start(total, done)
 
@@ -249,12 +231,6 @@ class _Run:
         count = self.tokens.tokens.numel()
         return forward_units(self.plan, block, count) + (hessian_units(self.plan, block, count) if self._needs(block) else 0)
 
-    def _fisher_units(self) -> float:
-        """A forward and a backward pass, with the forward pass of each block once more: four passes."""
-        assert self.tokens is not None
-        count = self.tokens.tokens.numel()
-        return 4 * sum(forward_units(self.plan, block, count) for block in range(len(self.skeleton.blocks)))
-
     def _evaluation_units(self, windows: Tensor) -> float:
         return sum(forward_units(self.plan, block, windows.numel()) for block in range(len(self.skeleton.blocks)))
 
@@ -262,82 +238,27 @@ class _Run:
         """Linears of a block that are to do and whose Hessian must be made."""
         return [linear for linear in self.todo if linear.info.block == block and linear.name not in self.kept]
 
-    def _measure(self) -> None:
-        """What the quantization of all linears rests on: token weights of the loss, the allocation, shared codebooks."""
-        absolute: dict[str, Tensor] | None = None
-        if self.config.calibration.hessian == "fisher" and self.tokens is not None:
-            self.progress.phase("gradients of the loss")
-            absolute = kept_weights(self.job.folder / "fisher.safetensors", self._loss_weights)
-        if self.config.bits is not None:
-            self._allocate(self.config.bits, absolute)
-        if absolute is not None:
-            self.weights = LossWeights(absolute, self.plan)
-        configs = [linear.config for linear in self.todo]
+    def _settle(self) -> Context | None:
+        """Choose what was left open. None where all Hessians are at hand and no text is needed."""
+        context, weights = None, None
+        if self.tokens is not None:
+            parts = self.skeleton, self.source, self.device, self.dtype, self.tokens
+            context = Context(self.config, *parts, self.job, self.progress)
+            self.plan, weights = settle(context, self.plan)
+            left = {linear.name for linear in self.todo}
+            self.todo = [linear for linear in self.plan.linears if linear.name in left]
+        self.weights = weights
         names = [linear.name for linear in self.plan.linears]
-        prepare_codebooks(self.job.codebooks, configs, self.device, self.source, names)
-
-    def _loss_weights(self) -> dict[str, Tensor]:
-        assert self.tokens is not None
-        row_groups = {linear.name: linear.layer.row_groups for linear in self.plan.linears}
-        total = self._fisher_units()
-        args = self.skeleton, self.source, self.device, self.dtype, self.tokens, row_groups
-        return loss_weights(*args, lambda part: self.progress.advance(part * total))
-
-    def _allocate(self, bits: float, absolute: dict[str, Tensor] | None) -> None:
-        """Choose every linear's setting, or take up the choice that a run made before it was stopped."""
-        path = self.job.folder / ALLOCATION
-        if path.exists():
-            self._take_allocation(json.loads(path.read_text(encoding="utf-8")))
-            return
-        infos = [linear.info for linear in self.plan.linears]
-        found = allocate(infos, self._sensitivity(absolute), self.config.linear, bits, self.skeleton.dtype.itemsize * 8)
-        settings = {name: [config.vector_len, config.trellis_bits] for name, config in found.settings.items()}
-        save_json(path, {"bits": found.bits, "loss": found.loss, "settings": settings})
-        self.progress.note(f"{found.bits:.4f} stored bits a weight:\n{aligned(allocation_table(found, infos))}")
-        self.job.log(f"allocation: {found.bits:.4f} stored bits a weight, predicted rise of the loss {found.loss:.4f} nats")
-        self._take_allocation(json.loads(path.read_text(encoding="utf-8")))
-
-    def _sensitivity(self, absolute: dict[str, Tensor] | None) -> dict[str, float]:
-        given = self.config.sensitivity_path
-        path = Path(given).expanduser() if given else self.job.folder / "sensitivity.json"
-        if path.exists():
-            return read_sensitivity(path, self.fingerprint, [linear.name for linear in self.plan.linears])
-        assert self.tokens is not None
-        self.progress.phase("sensitivity of the linears")
-        weights = None if absolute is None else LossWeights(absolute, self.plan)
-        calibrator = self._calibrator(weights)
-        found = measure_sensitivity(
-            calibrator,
-            self.plan,
-            weights.means if weights is not None else None,
-            self.source,
-            self.device,
-            lambda block: self.progress.advance(self._forward_units(block) / calibrator.num_batches),
-        )
-        calibrator.close()
-        save_json(path, to_json(found, self.fingerprint, self._facts()))
-        return found
-
-    def _take_allocation(self, stored: dict[str, Any]) -> None:
-        base = self.config.linear
-        settings = {
-            name: replace(base, vector_lens=(OFF, v), trellis_bits=bits) for name, (v, bits) in stored["settings"].items()
-        }
-        self.plan = make_plan(self.config, self.skeleton, self.source, settings)
-        names = {linear.name for linear in self.todo}
-        self.todo = [linear for linear in self.plan.linears if linear.name in names]
-
-    def _calibrator(self, weights: LossWeights | None, quantized: TensorSource | None = None) -> Calibrator:
-        assert self.tokens is not None
-        relative = weights.relative if weights is not None else None
-        return Calibrator(self.skeleton, self.source, self.device, self.dtype, self.tokens, relative, quantized)
+        prepare_codebooks(self.job.codebooks, [linear.config for linear in self.todo], self.device, self.source, names)
+        return context
 
     def _quantize_blocks(self) -> None:
+        context = self._settle()
         calibrator = None
-        if self.tokens is not None:
+        if context is not None:
             self.progress.phase("calibrating")
             quantized = self._quantized_source() if self.config.calibration.sequential else None
-            calibrator = self._calibrator(self.weights, quantized)
+            calibrator = context.calibrator(self.weights, quantized)
         for block in range(len(self.skeleton.blocks)):
             fresh: list[Hessian] = []
             if calibrator is not None and block <= self.last_forward_block:
@@ -464,7 +385,7 @@ class _Run:
             save_json(self.job.folder / "ppl_results.json", results)
         save_json(self.job.folder / "linears.json", list(figures))
         self.job.save(finished=True)
-        (self.job.folder / "fisher.safetensors").unlink(missing_ok=True)
+        (self.job.folder / TOKEN_WEIGHTS).unlink(missing_ok=True)
         if packed.exists():
             self.job.drop_work()
         self.progress.finish()

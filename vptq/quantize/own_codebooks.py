@@ -40,18 +40,16 @@ def quantize_with_own(
     errors_residual: list[float | None] = [None] * len(problems)
     if config.has_residual:
         books = fit.residuals([result.leftover for result in swept])
-        segments = [Books(*own).segments(geometry) for own in zip(outlier_books, main_books, books, strict=True)]
+        segments = [Books(o, m, r).segments(geometry) for o, m, r in zip(outlier_books, main_books, books, strict=True)]
         swept = _sweep(problems, segments, geometry, config)
         errors_residual = [problem.error(result.quantized) for problem, result in zip(problems, swept, strict=True)]
         residual_books = list(books)
     errors_refined: list[float | None] = [None] * len(problems)
     chosen = [
-        Chosen(result, Books(*books)) for result, *books in zip(swept, outlier_books, main_books, residual_books, strict=True)
+        Chosen(result, Books(o, m, r)) for result, o, m, r in zip(swept, outlier_books, main_books, residual_books, strict=True)
     ]
     if config.refine_iters:
-        chosen = [
-            refine(problem, own, config, geometry, storage_dtype) for problem, own in zip(problems, chosen, strict=True)
-        ]
+        chosen = [refine(problem, own, config, geometry, storage_dtype) for problem, own in zip(problems, chosen, strict=True)]
         errors_refined = [problem.error(own.swept.quantized) for problem, own in zip(problems, chosen, strict=True)]
     quantized = [
         _collect(problem, own, config=config, geometry=geometry) for problem, own in zip(problems, chosen, strict=True)

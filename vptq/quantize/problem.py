@@ -113,13 +113,14 @@ def factor_permuted(metric: Tensor, perm: Tensor, config: LinearConfig, name: st
 
 
 def rotated(linear: LinearInput, config: LinearConfig, row_groups: int = 1) -> tuple[Tensor, Tensor]:
-    """Weight (out, in) and Hessian as they are quantized: R_out W R_inᵀ and R_in H R_inᵀ, float32; W aims at W x₀ if it drifts."""
+    """R_out W R_inᵀ, (out, in) float32, W aiming at W x₀ where inputs drift, and R_in H R_inᵀ, (in, in) or (groups, in, in)."""
     weight, hessian = linear.weight.float(), linear.hessian.float()
     if linear.drift is not None:
         weight = undrifted(weight, hessian, linear.drift.float(), config.percdamp)
     if config.rotation == "none":
         return weight, hessian
-    across, down = rotations(*weight.shape, config.rotation_seed, row_groups)
+    out_features, in_features = weight.shape
+    across, down = rotations(out_features, in_features, config.rotation_seed, row_groups)
     return down.apply(across.apply(weight).T).T.contiguous(), across.conjugate(hessian).contiguous()
 
 

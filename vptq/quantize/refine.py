@@ -183,8 +183,8 @@ def _columns_again(
         codes = torch.stack([index.T for index in indices], 2)[None].int()
         beam = config.beam if len(segment.stages) > 1 else 1
         runs.append(ColumnRun(segment.start, segment.end, VectorQuantizer(segment.stages, len(weight), beam), codes))
-    found, codes = refine_columns(weight[None], swept.quantized[None], metric[None], runs, config.blocksize)
-    chosen = tuple(tuple(own[0, :, :, stage].T.long() for stage in range(own.shape[3])) for own in codes)
+    found, again = refine_columns(weight[None], swept.quantized[None], metric[None], runs, config.blocksize)
+    chosen = tuple(tuple(own[0, :, :, stage].T.long() for stage in range(own.shape[3])) for own in again)
     return found[0].contiguous(), chosen
 
 
@@ -195,12 +195,12 @@ def _tiles_again(
     new = swept.quantized.clone()
     slope = (weight - new) @ metric
     found = [[index.clone() for index in indices] for indices in swept.indices]
-    for segment, indices in zip(segments, found, strict=True):
+    for segment, indices in zip(segments, found, strict=True):  # indices: of each stage
         for number, start in enumerate(range(segment.start, segment.end, segment.vector_len)):
             end = min(start + segment.vector_len, segment.end)
-            own = metric[start:end, start:end].double()
-            own.diagonal().add_(JITTER * own.diagonal().mean())
-            lower, failed = torch.linalg.cholesky_ex(own)
+            tile = metric[start:end, start:end].double()
+            tile.diagonal().add_(JITTER * tile.diagonal().mean())
+            lower, failed = torch.linalg.cholesky_ex(tile)
             if failed.item():
                 continue
             target = new[:, start:end] + torch.cholesky_solve(slope[:, start:end].double().T, lower).T.float()
@@ -211,9 +211,9 @@ def _tiles_again(
             old = torch.stack([index[:, number] for index in indices], 1)[None]
             codes = quantizer.encode_again((target @ factor).reshape(1, -1), old)[0].long()
             change = -new[:, start:end]
-            for stage, (centroids, index) in enumerate(zip(cut, indices, strict=True)):
-                index[:, number] = codes[:, stage]
-                change = change + centroids[codes[:, stage]]
+            for centroids, kept, own_codes in zip(cut, indices, codes.T, strict=True):
+                kept[:, number] = own_codes
+                change = change + centroids[own_codes]
             new[:, start:end] += change
             slope -= change @ metric[start:end]
     return new, tuple(tuple(stages) for stages in found)

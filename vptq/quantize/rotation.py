@@ -1,4 +1,4 @@
-"""Seeded random-sign rotations by fast transforms: weights of any distribution become Gaussian (QuIP#, arXiv:2402.04396, sec. 3).
+"""Seeded random-sign rotations by fast transforms, after which weights are Gaussian (QuIP#, arXiv:2402.04396, sec. 3).
 
 R = K diag(s), s random signs, K symmetric and orthogonal, so R⁻¹ = Rᵀ = diag(s) K. For a size m 2^a with m odd, K is the
 Kronecker product of the Hartley matrix of size m (entries cos + sin of 2πij/m, over √m: the "small fixed factor", flat like

@@ -44,7 +44,8 @@ def encode_sequences(sequences: Tensor, weights: Tensor | None, table: Tensor, t
     with the seam held to that. (The exact ring would take a pass for each of the 2^(L-b) seams.)
 
     Args:
-        sequences: (n, steps, vector_len) float32. weights: None or (steps,) or (n, steps) float32 >= 0, of each vector.
+        sequences: (n, steps, vector_len) float32, steps · b at least L - b. weights: None or (steps,) or (n, steps) float32
+            >= 0, of each vector.
         table: (2^L, vector_len) float32.
     Returns:
         (n, steps) int32 states.
@@ -58,7 +59,7 @@ def encode_sequences(sequences: Tensor, weights: Tensor | None, table: Tensor, t
 
 
 def encode_again(sequences: Tensor, weights: Tensor | None, table: Tensor, trellis: Trellis, states: Tensor) -> Tensor:
-    """States no worse than `states` (n, steps) for other `sequences`: exact with the seam of `states`. See `encode_sequences`."""
+    """States no worse than `states` (n, steps) for other `sequences`: exact with their seam. See `encode_sequences`."""
     return viterbi(sequences, weights, table, trellis, states[:, -1] >> trellis.step_bits)
 
 

@@ -1,0 +1,125 @@
+"""What is settled before the first linear is quantized: token weights of the loss, every linear's setting, shared codebooks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vptq.config import OFF, LinearConfig, QuantConfig
+from vptq.data import TokenSequences
+from vptq.models.architecture import Skeleton
+from vptq.models.files import save_json
+from vptq.models.prefetch import PrefetchingFolder
+from vptq.models.stream import TensorSource
+from vptq.pipeline.allocation import allocate, allocation_table, nearest_rung, read_sensitivity, to_json
+from vptq.pipeline.calibrate import Calibrator, loss_weights
+from vptq.pipeline.cost import fisher_units, forward_units, hessian_units
+from vptq.pipeline.job import Job
+from vptq.pipeline.measure import LossWeights, kept_weights, measure_sensitivity
+from vptq.pipeline.plan import RunPlan, make_plan
+from vptq.pipeline.progress import Progress, aligned
+
+ALLOCATION = "allocation.json"
+TOKEN_WEIGHTS = "fisher.safetensors"
+
+
+def first_plan(config: QuantConfig, skeleton: Skeleton, source: PrefetchingFolder, job: Job | None) -> RunPlan:
+    """The plan as far as it is known: with --bits as a stopped run chose, or, before that, all at the nearest rung."""
+    if config.bits is None:
+        return make_plan(config, skeleton, source)
+    config.validate()
+    path = job.folder / ALLOCATION if job is not None else None
+    if path is not None and path.exists():
+        return make_plan(config, skeleton, source, _read_allocation(path, config.linear))
+    return make_plan(replace(config, linear=nearest_rung(config.linear, config.bits)), skeleton, source)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a run works with."""
+
+    config: QuantConfig
+    skeleton: Skeleton
+    source: PrefetchingFolder
+    device: torch.device
+    dtype: torch.dtype
+    tokens: TokenSequences
+    job: Job
+    progress: Progress
+
+    def calibrator(self, weights: LossWeights | None, quantized: TensorSource | None = None) -> Calibrator:
+        """The calibration text before the first block."""
+        relative = weights.relative if weights is not None else None
+        return Calibrator(self.skeleton, self.source, self.device, self.dtype, self.tokens, relative, quantized)
+
+
+def settle(context: Context, plan: RunPlan) -> tuple[RunPlan, LossWeights | None]:
+    """Measure what the settings ask for, and choose what they leave open; what a stopped run found is taken up."""
+    absolute: dict[str, Tensor] | None = None
+    if context.config.calibration.hessian == "fisher":
+        context.progress.phase("gradients of the loss")
+        absolute = kept_weights(context.job.folder / TOKEN_WEIGHTS, lambda: _loss_weights(context, plan))
+    if context.config.bits is not None:
+        plan = _allocated(context, plan, context.config.bits, absolute)
+    return plan, None if absolute is None else LossWeights(absolute, plan)
+
+
+def _loss_weights(context: Context, plan: RunPlan) -> dict[str, Tensor]:
+    row_groups = {linear.name: linear.layer.row_groups for linear in plan.linears}
+    total = fisher_units(plan, context.tokens.tokens.numel())
+    return loss_weights(
+        context.skeleton,
+        context.source,
+        context.device,
+        context.dtype,
+        context.tokens,
+        row_groups,
+        lambda part: context.progress.advance(part * total),
+    )
+
+
+def _allocated(context: Context, plan: RunPlan, bits: float, absolute: Mapping[str, Tensor] | None) -> RunPlan:
+    """The plan with every linear's setting chosen."""
+    path = context.job.folder / ALLOCATION
+    base = context.config.linear
+    if not path.exists():
+        infos = [linear.info for linear in plan.linears]
+        sensitivity = _sensitivity(context, plan, absolute)
+        found = allocate(infos, sensitivity, base, bits, context.skeleton.dtype.itemsize * 8)
+        settings = {name: [config.vector_len, config.trellis_bits] for name, config in found.settings.items()}
+        save_json(path, {"bits": found.bits, "loss": found.loss, "settings": settings})
+        context.progress.note(f"{found.bits:.4f} stored bits a weight:\n{aligned(allocation_table(found, infos))}")
+        context.job.log(f"allocation: {found.bits:.4f} stored bits a weight, predicted rise of the loss {found.loss:.4f}")
+    return make_plan(context.config, context.skeleton, context.source, _read_allocation(path, base))
+
+
+def _read_allocation(path: Path, base: LinearConfig) -> dict[str, LinearConfig]:
+    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    return {name: replace(base, vector_lens=(OFF, v), trellis_bits=bits) for name, (v, bits) in stored.items()}
+
+
+def _sensitivity(context: Context, plan: RunPlan, absolute: Mapping[str, Tensor] | None) -> dict[str, float]:
+    given = context.config.sensitivity_path
+    path = Path(given).expanduser() if given else context.job.folder / "sensitivity.json"
+    if path.exists():
+        return read_sensitivity(path, context.job.fingerprint, [linear.name for linear in plan.linears])
+    context.progress.phase("sensitivity of the linears")
+    weights = None if absolute is None else LossWeights(absolute, plan)
+    calibrator = context.calibrator(weights)
+    count = context.tokens.tokens.numel()
+
+    def advance(block: int) -> None:
+        units = forward_units(plan, block, count) + hessian_units(plan, block, count)
+        context.progress.advance(units / calibrator.num_batches)
+
+    means = weights.means if weights is not None else None
+    found = measure_sensitivity(calibrator, plan, means, context.source, context.device, advance)
+    calibrator.close()
+    save_json(path, to_json(found, context.job.fingerprint, context.job.facts))
+    return found

@@ -1,0 +1,72 @@
+"""Tasks of lm-eval on any model this package reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vptq.checkpoint.reader import is_packed, load_quantized
+from vptq.data import load_tokenizer
+from vptq.errors import UsageError
+from vptq.models.architecture import check_weights, load_skeleton, resolve_folder, tied_names
+from vptq.models.device import forced_dtype, resolve_device
+from vptq.models.stream import load_module
+
+
+def evaluate_tasks(
+    model_name: str | None,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None = None,
+    num_fewshot: int = 0,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, dict[str, float]]:
+    """The figures of each task: {task: {metric: value, metric_stderr: error}}.
+
+    Args:
+        model_name: folder or hub name; None for the demo model. tasks: names that lm-eval knows, or that `include_path` holds.
+        limit: most questions a task.
+    Raises:
+        UsageError: lm-eval is not installed, or does not know a task.
+    """
+    try:
+        from lm_eval import simple_evaluate  # noqa: PLC0415 (an extra, and slow to import)
+        from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
+        from lm_eval.tasks import TaskManager  # noqa: PLC0415
+    except ImportError as error:
+        raise UsageError("eval-tasks needs lm-eval", where=[str(error)], hint="pip install 'vptq[eval]'") from error
+    manager = TaskManager(include_path=include_path)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise UsageError("lm-eval knows no such tasks", where=unknown, hint="`lm_eval ls tasks` lists those it knows")
+    model = _whole_model(model_name, device, trust_remote_code)
+    tokenizer = load_tokenizer(resolve_folder(model_name), trust_remote_code)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found = simple_evaluate(
+        model=wrapped, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, bootstrap_iters=1000
+    )
+    return {task: _figures(values) for task, values in (found or {})["results"].items()}
+
+
+def _whole_model(model_name: str | None, device: str | None, trust_remote_code: bool) -> Any:
+    """A model whose weights are all in memory; packed linears keep their dequantized weight."""
+    target = resolve_device(device)
+    folder = resolve_folder(model_name)
+    dtype = forced_dtype(target)
+    if is_packed(folder):
+        return load_quantized(folder, target, dtype=dtype, cache_weights=True, trust_remote_code=trust_remote_code)
+    skeleton = load_skeleton(folder, trust_remote_code, dtype)
+    source = skeleton.source()
+    check_weights(skeleton, source)
+    skipped = [name for name in tied_names(skeleton.model) if not source.has(name)]
+    load_module(skeleton.model, "", source, target, dtype or skeleton.dtype, skip=skipped)
+    skeleton.model.tie_weights()
+    return skeleton.model.to(target).eval()
+
+
+def _figures(values: dict[str, Any]) -> dict[str, float]:
+    """lm-eval's `acc,none` and `acc_stderr,none` as acc and acc_stderr."""
+    return {name.split(",")[0]: float(value) for name, value in values.items() if isinstance(value, int | float)}
