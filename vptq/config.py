@@ -24,6 +24,7 @@ MAX_CENTROIDS = 65536
 MAX_VECTOR_LEN = 32
 FLOAT_BITWIDTH = 16
 MAX_STATE_BITS = 16
+DRIFT_FRAC = 0.25
 DEFAULT_SEQ_LEN = 2048
 LADDER = (*((1, bits) for bits in range(1, 9)), (2, 3), (2, 5), (2, 7))  # (vector_len, trellis_bits): what --bits chooses from
 RECIPE: dict[str, Any] = {  # what --bits is, where no flag says otherwise
@@ -280,6 +281,10 @@ class CalibrationConfig:
         False, "calibration", "calibrate each block on what the quantized blocks before it put out, aiming at the original's"
     )
 
+    drift_frac: float = option(
+        DRIFT_FRAC, "calibration", "with --sequential: how much of the inputs' drift weights make up for, 0 to 1"
+    )
+
     @property
     def plain_hessians(self) -> bool:
         """Whether Hessians depend on model and text alone, so that a folder can keep them."""
@@ -290,6 +295,8 @@ class CalibrationConfig:
         check = _Checker(found)
         check(self.nsamples >= 1, f"nsamples is {self.nsamples}, must be 1 or more")
         check(self.seq_len is None or self.seq_len >= 2, f"seq_len is {self.seq_len}, must be 2 or more")
+        check(0 <= self.drift_frac <= 1, f"drift_frac is {self.drift_frac:g}, must be 0 to 1")
+        check(self.sequential or self.drift_frac == DRIFT_FRAC, "drift_frac goes with sequential")
         check(self.hessian in get_args(HessianKind), f"hessian is {self.hessian!r}, must be input or fisher")
         check(
             self.hessian_path is None or self.plain_hessians,

@@ -23,7 +23,7 @@ from vptq.pipeline.run import quantize_model
 def config_of(model, text, output, **changes) -> QuantConfig:
     linear = {"vector_lens": (-1, 4), "num_centroids": (-1, 16), "kiter": 5}
     calibration = {"dataset": str(text), "nsamples": 4, "seq_len": 64}
-    top = {"model_name": str(model), "output_dir": str(output)}
+    top = {"model_name": str(model), "output_dir": str(output), "device": "cpu"}
     for name, value in changes.items():
         target = next(
             d for d, kind in ((linear, LinearConfig), (calibration, CalibrationConfig), (top, QuantConfig))

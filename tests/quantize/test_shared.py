@@ -163,9 +163,7 @@ OWN = {
 @pytest.mark.parametrize("case", OWN)
 @pytest.mark.parametrize("shape", [(64, 40), (50, 36)])
 def test_refinement_of_own_codebooks_lowers_the_error(case, shape, generator):
-    config = LinearConfig(
-        **{"vector_lens": (-1, 4), "num_centroids": (-1, 16), "kiter": 20, "refine_iters": 3} | OWN[case]
-    )
+    config = LinearConfig(**{"vector_lens": (-1, 4), "num_centroids": (-1, 16), "kiter": 20, "refine_iters": 3} | OWN[case])
     assert config.faults() == []
     weight, hessian = problem(*shape, generator)
     quantized, report = quantize_linear(weight, hessian, config)

@@ -297,7 +297,9 @@ class _Run:
         if not todo:
             return
         self.progress.phase(f"block {block}: quantizing")
-        moments = {id(hessian): Moments(hessian.matrix, hessian.drift) for hessian in fresh}
+        part = self.config.calibration.drift_frac
+        drifts = {id(hessian): None if hessian.drift is None else hessian.drift * part for hessian in fresh}
+        moments = {id(hessian): Moments(hessian.matrix, drifts[id(hessian)]) for hessian in fresh}
         made = {suffix: moments[id(hessian)] for hessian in fresh for suffix in hessian.linears}
         loaded: dict[Path, Moments] = {}
         hessians: dict[str, Moments] = {}

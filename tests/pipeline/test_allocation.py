@@ -1,0 +1,81 @@
+"""Sensitivities and the knapsack."""
+
+import itertools
+
+import pytest
+
+from vptq.config import RECIPE, QuantConfig
+from vptq.errors import CheckpointError, UsageError
+from vptq.models.architecture import LinearInfo
+from vptq.pipeline.allocation import _knapsack, allocate, allocation_table, nearest_rung, read_sensitivity, rungs, to_json
+
+BASE = QuantConfig.from_flat(dict(RECIPE)).linear
+
+
+def infos(count=12):
+    sizes = [(256, 512), (512, 256), (256, 256)]
+    return [LinearInfo(f"b.{i}.x{i % 3}", i, f"x{i % 3}", *sizes[i % 3], False) for i in range(count)]
+
+
+def test_knapsack_finds_the_best_of_all_choices(generator):
+    import torch
+
+    for _ in range(10):
+        bits = [sorted(row) for row in torch.randint(100, 900, (5, 3), generator=generator).tolist()]
+        losses = [sorted(row, reverse=True) for row in torch.rand(5, 3, generator=generator).tolist()]
+        budget = 2500
+        found = _knapsack(bits, losses, budget)
+        total = sum(own[c] for own, c in zip(bits, found, strict=True))
+        possible = [
+            sum(own[c] for own, c in zip(losses, pick, strict=True))
+            for pick in itertools.product(range(3), repeat=5)
+            if sum(own[c] for own, c in zip(bits, pick, strict=True)) <= budget
+        ]
+        if possible:
+            assert total <= budget
+            assert sum(own[c] for own, c in zip(losses, found, strict=True)) == pytest.approx(min(possible), abs=0.02)
+
+
+@pytest.mark.parametrize("target", [1.2, 2, 2.5, 3, 4.25, 6])
+def test_bits_are_met_and_sensitive_linears_get_more(target):
+    linears = infos(30)
+    sensitivity = {info.name: 10.0 if info.suffix == "x0" else 0.1 for info in linears}
+    found = allocate(linears, sensitivity, BASE, target, 16)
+    assert 0.985 * target < found.bits < 1.015 * target + 0.1  # these linears are small: the tables count
+    rate = {name: config.trellis_bits / config.vector_len for name, config in found.settings.items()}
+    mean = [sum(r for n, r in rate.items() if n.endswith(kind)) / 10 for kind in ("x0", "x1", "x2")]
+    assert mean[0] > max(mean[1:])
+    assert sum(len(row) == 3 for row in allocation_table(found, linears)) == 3
+
+
+def test_equal_linears_share_equally():
+    linears = infos(9)
+    found = allocate(linears, {info.name: float(info.out_features * info.in_features) for info in linears}, BASE, 3.1, 16)
+    assert {config.trellis_bits / config.vector_len for config in found.settings.values()} <= {2.5, 3, 3.5}
+
+
+def test_too_few_bits_are_refused():
+    with pytest.raises(UsageError, match=r"bits is 0\.5"):
+        allocate(infos(), {info.name: 1.0 for info in infos()}, BASE, 0.5, 16)
+
+
+def test_ladder_rises_and_nearest_rung():
+    rates = [config.trellis_bits / config.vector_len for config in rungs(BASE)]
+    assert rates == sorted(rates) and rates[0] == 1 and rates[-1] == 8
+    assert nearest_rung(BASE, 2.4).trellis_bits == 5 and nearest_rung(BASE, 2.4).vector_len == 2
+
+
+def test_sensitivities_are_kept_and_belong_to_one_model(tmp_path):
+    import json
+
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(to_json({"a": 1.5}, "model-1", {"seq_len": 64})))
+    assert read_sensitivity(path, "model-1", ["a"]) == {"a": 1.5}
+    with pytest.raises(UsageError, match="another model"):
+        read_sensitivity(path, "model-2", ["a"])
+    with pytest.raises(UsageError, match="another model"):
+        read_sensitivity(path, "model-1", ["a", "b"])
+    for damage in ("{", '{"format": "x"}', "[]"):
+        path.write_text(damage)
+        with pytest.raises(CheckpointError, match="can't be read"):
+            read_sensitivity(path, "model-1", ["a"])
