@@ -15,6 +15,7 @@ from vptq.errors import UsageError
 VectorQuantDim = Literal["out", "in"]
 KMeansMode = Literal["hessian", "uniform"]
 RotationKind = Literal["none", "hadamard"]
+RotationSides = Literal["both", "in", "out"]
 CodebookScope = Literal["group", "linear", "shared"]
 CodebookSource = Literal["gaussian", "model"]
 ScaleScope = Literal["linear", "row"]
@@ -68,6 +69,7 @@ class LinearConfig:
         False, "vectors", "store the indices in the original column order and no perm (one group, no outliers)"
     )
     rotation: RotationKind = option("none", "rotation", "hadamard: rotate inputs and outputs, so that weights become Gaussian")
+    rotation_sides: RotationSides = option("both", "rotation", "rotate inputs and outputs, or inputs or outputs alone")
     rotation_seed: int = option(0, "rotation", "seed of the rotation's signs")
     codebook_scope: CodebookScope = option(
         "group", "rotation", "codebooks of its own for every group or linear, or one shared by the whole model"
@@ -194,12 +196,14 @@ class LinearConfig:
         """Rotation, shared codebooks, trellis and refinement."""
         for name, kind in (
             ("rotation", RotationKind),
+            ("rotation_sides", RotationSides),
             ("codebook_scope", CodebookScope),
             ("codebook_source", CodebookSource),
             ("scale_scope", ScaleScope),
         ):
             value = getattr(self, name)
             check(value in get_args(kind), f"{name} is {value!r}, must be one of {', '.join(get_args(kind))}")
+        check(self.rotation != "none" or self.rotation_sides == "both", "rotation_sides goes with rotation hadamard")
         check(self.refine_iters >= 0, f"refine_iters is {self.refine_iters}, must be 0 or more")
         check(1 <= self.beam <= 64, f"beam is {self.beam}, must be 1 to 64")
         check(self.beam == 1 or (self.has_residual and self.refine_iters > 0), "beam needs a residual stage and refine_iters")

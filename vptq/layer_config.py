@@ -34,7 +34,8 @@ class LayerConfig:
 
     Attributes (ours):
         vector_quant_dim, bitwidth, bsize: see `LinearConfig`.
-        rotation, rotation_seed, row_groups: the weight is stored rotated; each run of output rows has its own rotation.
+        rotation, rotation_sides, rotation_seed: how the weight is stored rotated, on the sides that are turned when it runs.
+        row_groups: runs of output rows that are rotated each for itself.
         num_scales: what the rotated rows are multiplied by: one number for all, for each group of rows, or for each row; 0
             where the codebooks carry the scale.
         trellis_bits, ring_len: bits stored a vector and vectors a ring of the trellis; 0 without one.
@@ -56,6 +57,7 @@ class LayerConfig:
     bitwidth: int = FLOAT_BITWIDTH
     bsize: int = 1
     rotation: str = "none"
+    rotation_sides: str = "both"
     rotation_seed: int = 0
     row_groups: int = 1
     num_scales: int = 0
@@ -84,6 +86,7 @@ class LayerConfig:
             bitwidth=config.bitwidth,
             bsize=config.bsize if config.bitwidth < FLOAT_BITWIDTH else 1,
             rotation=config.rotation,
+            rotation_sides=config.rotation_sides if config.rotation != "none" else "both",
             rotation_seed=config.rotation_seed if config.rotation != "none" else 0,
             row_groups=geometry.row_groups,
             num_scales=_num_scales(config, geometry),
@@ -186,6 +189,8 @@ class LayerConfig:
         faults = []
         if self.rotation not in ("none", "hadamard"):
             faults.append(f"rotation is {self.rotation!r}, which this version does not know")
+        if self.rotation_sides not in ("both", "in", "out"):
+            faults.append(f"rotation_sides is {self.rotation_sides!r}, which this version does not know")
         if self.row_groups < 1 or rows * self.row_groups != self.out_features:
             faults.append(f"row_groups={self.row_groups} does not divide out_features={self.out_features}")
         if self.num_scales not in (0, 1, self.row_groups, self.out_features):

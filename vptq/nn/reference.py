@@ -12,8 +12,8 @@ from vptq.layer_config import LayerConfig
 from vptq.nn.packing import from_uint16_bits, unpack_bits
 from vptq.nn.rings import unpack_rings
 from vptq.quantize.codebook import expand_scales
-from vptq.quantize.result import join_vectors, look_up, spread_rows, unrotate
-from vptq.quantize.rotation import Rotation, rotations
+from vptq.quantize.result import join_vectors, look_up, spread_rows
+from vptq.quantize.rotation import LinearRotation
 
 CHUNK_WEIGHTS = 1 << 20
 
@@ -28,7 +28,7 @@ def dequantize_packed(tensors: Mapping[str, Tensor], config: LayerConfig, dtype:
         (out_features, in_features), original column order and scale.
     """
     weight = dequantize_rotated(tensors, config)
-    return unrotate(weight, rotations_of(config)).to(dtype)
+    return rotation_of(config).turn_back(weight).to(dtype)
 
 
 def dequantize_rotated(tensors: Mapping[str, Tensor], config: LayerConfig) -> Tensor:
@@ -42,11 +42,10 @@ def dequantize_rotated(tensors: Mapping[str, Tensor], config: LayerConfig) -> Te
     return _restore(weight, tensors, config)
 
 
-def rotations_of(config: LayerConfig) -> tuple[Rotation, Rotation] | None:
-    """R_in and R_out of a linear; None if it is not rotated."""
-    if config.rotation == "none":
-        return None
-    return rotations(config.out_features, config.in_features, config.rotation_seed, config.row_groups)
+def rotation_of(config: LayerConfig) -> LinearRotation:
+    """The rotations that are applied when the linear runs."""
+    shape = config.out_features, config.in_features
+    return LinearRotation.of(config.rotation, config.rotation_sides, shape, config.rotation_seed, config.row_groups)
 
 
 def _fill_groups(weight: Tensor, main: Tensor, tensors: Mapping[str, Tensor], config: LayerConfig) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vptq.errors import VptqError
 from vptq.layer_config import LayerConfig
-from vptq.nn.reference import dequantize_packed, dequantize_rotated, rotations_of
+from vptq.nn.reference import dequantize_packed, dequantize_rotated, rotation_of
 
 DTYPES = {"int32": torch.int32, "int16": torch.int16}
 
@@ -118,12 +118,9 @@ class VQuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in x's type. A rotated weight stays rotated: inputs and outputs turn."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        rotation = rotations_of(self.layer_config)
-        if rotation is None:
-            return nn.functional.linear(x, self._weight(x), bias)
-        across, down = rotation
-        turned = down.undo(nn.functional.linear(across.apply(x), self._weight(x)))
-        return turned if bias is None else turned + bias
+        rotation = rotation_of(self.layer_config)
+        product = rotation.outputs(nn.functional.linear(rotation.inputs(x), self._weight(x)))
+        return product if bias is None else product + bias
 
     def _weight(self, x: Tensor) -> Tensor:
         """The weight as it is stored, in x's type: rotated where it is."""

@@ -18,8 +18,8 @@ from vptq.models.files import save_tensors
 from vptq.models.stream import TensorSource
 from vptq.quantize.codebook import store_codebook
 from vptq.quantize.gaussian import gaussian_codebook, gaussian_trellis, residual_codebook, train_codebook
+from vptq.quantize.problem import rotation_of
 from vptq.quantize.result import Codebook
-from vptq.quantize.rotation import rotations
 from vptq.quantize.trellis import Trellis
 
 SHIPPED = Path(__file__).parent / "gaussian.safetensors"
@@ -123,10 +123,7 @@ def _train_on_model(config: LinearConfig, device: torch.device, source: TensorSo
     drawn = []
     for name in linears:
         weight = source.get(f"{name}.weight").to(device).float()
-        if config.rotation != "none":
-            out_features, in_features = weight.shape
-            across, down = rotations(out_features, in_features, config.rotation_seed, 1)
-            weight = down.apply(across.apply(weight).T).T
+        weight = rotation_of(config, (weight.shape[0], weight.shape[1]), 1).turn(weight)
         rows = len(weight) // config.vector_len * config.vector_len
         vectors = (weight[:rows] / weight.square().mean().sqrt()).T.reshape(-1, config.vector_len)
         chosen = torch.randperm(len(vectors), generator=generator)[:SAMPLES_A_LINEAR]

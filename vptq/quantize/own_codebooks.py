@@ -13,10 +13,9 @@ from vptq.geometry import Geometry
 from vptq.quantize.codebook import store_codebook
 from vptq.quantize.kmeans import batched_kmeans
 from vptq.quantize.layout import VectorWeights, as_batch, split_vectors, vector_weights
-from vptq.quantize.problem import LinearInput, LinearReport, Problem, prepare
+from vptq.quantize.problem import LinearInput, LinearReport, Problem, prepare, rotation_of
 from vptq.quantize.refine import Books, Chosen, refine
 from vptq.quantize.result import Codebook, QuantizedWeight
-from vptq.quantize.rotation import rotations
 from vptq.quantize.segments import Segment, SweepResult
 from vptq.quantize.sweep import quantize_nearest, sweep_linears
 
@@ -160,8 +159,6 @@ def _collect(problem: Problem, chosen: Chosen, *, config: LinearConfig, geometry
         perm=problem.perm if config.enable_perm else None,
         scale=problem.normalisation.scale if problem.normalisation else None,
         offset=problem.normalisation.offset if problem.normalisation else None,
-        rotation=rotations(geometry.out_features, geometry.in_features, config.rotation_seed, 1)
-        if config.rotation != "none"
-        else None,
+        rotation=rotation_of(config, (geometry.out_features, geometry.in_features), 1),
     )
     return quantized.absorb_perm() if config.absorb_perm else quantized

@@ -13,7 +13,7 @@ from vptq.errors import NumericalError, VptqError
 from vptq.quantize.kmeans import KMeansResult
 from vptq.quantize.layout import Normalisation, importance_order, normalise
 from vptq.quantize.metric import InverseFactor, ProxyError, factor_inverse, scale_metric
-from vptq.quantize.rotation import rotations
+from vptq.quantize.rotation import LinearRotation
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,13 @@ def rotated(linear: LinearInput, config: LinearConfig, row_groups: int = 1) -> t
     weight, hessian = linear.weight.float(), linear.hessian.float()
     if linear.drift is not None:
         weight = undrifted(weight, hessian, linear.drift.float(), config.percdamp)
-    if config.rotation == "none":
-        return weight, hessian
-    out_features, in_features = weight.shape
-    across, down = rotations(out_features, in_features, config.rotation_seed, row_groups)
-    return down.apply(across.apply(weight).T).T.contiguous(), across.conjugate(hessian).contiguous()
+    rotation = rotation_of(config, (weight.shape[0], weight.shape[1]), row_groups)
+    return rotation.turn(weight).contiguous(), rotation.turn_metric(hessian).contiguous()
+
+
+def rotation_of(config: LinearConfig, shape: tuple[int, int], row_groups: int) -> LinearRotation:
+    """The rotation of a linear of shape (out_features, in_features) under its settings."""
+    return LinearRotation.of(config.rotation, config.rotation_sides, shape, config.rotation_seed, row_groups)
 
 
 def undrifted(weight: Tensor, hessian: Tensor, drift: Tensor, damping_frac: float) -> Tensor:

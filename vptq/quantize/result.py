@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vptq.geometry import Geometry
-from vptq.quantize.rotation import Rotation
+from vptq.quantize.rotation import NOT_ROTATED, LinearRotation
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class QuantizedWeight:
         perm: (in_features,) int64, `weight[:, perm]` is what the indices describe; None for original order.
         scale, offset: (in_features,) float32 in original column order; None if not normalised.
         row_scale: (n,) float32, n = 1, row groups or rows: what rotated rows are multiplied by; None if the codebooks carry it.
-        rotation: R_in and R_out, of which the indices describe R_out W R_inᵀ; None if not rotated.
+        rotation: R_in and R_out; the indices describe R_out W R_inᵀ.
     """
 
     geometry: Geometry
@@ -65,7 +65,7 @@ class QuantizedWeight:
     scale: Tensor | None = None
     offset: Tensor | None = None
     row_scale: Tensor | None = None
-    rotation: tuple[Rotation, Rotation] | None = None
+    rotation: LinearRotation = NOT_ROTATED
 
     def dequantize(self) -> Tensor:
         """The weight, (out_features, in_features) float32, original column order and scale."""
@@ -84,7 +84,7 @@ class QuantizedWeight:
             weight = weight * self.scale + self.offset
         if self.row_scale is not None:
             weight = weight * spread_rows(self.row_scale, len(weight))
-        return unrotate(weight, self.rotation)
+        return self.rotation.turn_back(weight)
 
     def absorb_perm(self) -> QuantizedWeight:
         """The same weight with its index columns in original order and no perm (one group, no outliers, vectors out)."""
@@ -98,14 +98,6 @@ class QuantizedWeight:
 def spread_rows(scales: Tensor, rows: int) -> Tensor:
     """Scales of runs of rows (n,) -> (rows, 1)."""
     return scales.repeat_interleave(rows // len(scales))[:, None]
-
-
-def unrotate(weight: Tensor, rotation: tuple[Rotation, Rotation] | None) -> Tensor:
-    """R_outᵀ W' R_in: (out_features, in_features) float -> the same shape."""
-    if rotation is None:
-        return weight
-    across, down = rotation
-    return down.undo(across.undo(weight).T).T
 
 
 def look_up(centroids: Tensor, indices: Tensor) -> Tensor:

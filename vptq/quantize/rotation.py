@@ -56,9 +56,45 @@ class Rotation:
         return random_signs(self.size, self.seed, self.side, like.device).to(like.dtype)
 
 
-def rotations(out_features: int, in_features: int, seed: int, row_groups: int) -> tuple[Rotation, Rotation]:
-    """R_in and R_out of a linear."""
-    return Rotation(in_features, seed, "in"), Rotation(out_features, seed, "out", row_groups)
+@dataclass(frozen=True)
+class LinearRotation:
+    """The rotations of a linear: W' = R_out W R_inᵀ, so W x = R_outᵀ W' (R_in x). None on a side that is not rotated."""
+
+    across: Rotation | None
+    down: Rotation | None
+
+    @staticmethod
+    def of(kind: str, sides: str, shape: tuple[int, int], seed: int, row_groups: int) -> LinearRotation:
+        """From settings (see `LinearConfig`); shape is (out_features, in_features)."""
+        rotated = kind == "hadamard"
+        across = Rotation(shape[1], seed, "in") if rotated and sides in ("both", "in") else None
+        down = Rotation(shape[0], seed, "out", row_groups) if rotated and sides in ("both", "out") else None
+        return LinearRotation(across, down)
+
+    def turn(self, weight: Tensor) -> Tensor:
+        """R_out W R_inᵀ: (out_features, in_features) -> the same shape."""
+        weight = weight if self.across is None else self.across.apply(weight)
+        return weight if self.down is None else self.down.apply(weight.T).T
+
+    def turn_back(self, weight: Tensor) -> Tensor:
+        """R_outᵀ W' R_in, the inverse of `turn`: (out_features, in_features) -> the same shape."""
+        weight = weight if self.across is None else self.across.undo(weight)
+        return weight if self.down is None else self.down.undo(weight.T).T
+
+    def turn_metric(self, hessian: Tensor) -> Tensor:
+        """R_in H R_inᵀ: (..., in_features, in_features) -> the same shape."""
+        return hessian if self.across is None else self.across.conjugate(hessian)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """R_in x: (..., in_features) -> the same shape."""
+        return x if self.across is None else self.across.apply(x)
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """R_outᵀ y: (..., out_features) -> the same shape."""
+        return y if self.down is None else self.down.undo(y)
+
+
+NOT_ROTATED = LinearRotation(None, None)
 
 
 @functools.lru_cache(maxsize=64)

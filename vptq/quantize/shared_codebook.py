@@ -18,9 +18,8 @@ from vptq.quantize.column_sweep import ColumnRun, refine_columns, sweep_columns
 from vptq.quantize.columns import ColumnQuantizer, TrellisQuantizer, VectorQuantizer
 from vptq.quantize.layout import as_batch, importance_order
 from vptq.quantize.metric import InverseFactor, trace_products
-from vptq.quantize.problem import LinearInput, LinearReport, factor_permuted, rotated
+from vptq.quantize.problem import LinearInput, LinearReport, factor_permuted, rotated, rotation_of
 from vptq.quantize.result import Codebook, QuantizedWeight, spread_rows
-from vptq.quantize.rotation import rotations
 from vptq.quantize.segments import Segment
 from vptq.quantize.sweep import sweep_linears
 from vptq.quantize.trellis import Trellis
@@ -196,7 +195,6 @@ def _report(groups: list[_Rows], error_sweep: float, error_refined: float | None
 def _collect(groups: list[_Rows], config: LinearConfig, geometry: Geometry, shared: Sequence[Codebook]) -> QuantizedWeight:
     """Groups below one another, columns in original order."""
     codes = torch.cat([rows.codes[torch.argsort(rows.perm)] for rows in groups], 1)
-    across = rotations(geometry.out_features, geometry.in_features, config.rotation_seed, geometry.row_groups)
     residual = shared[1] if len(shared) > 1 else None
     return QuantizedWeight(
         geometry=geometry,
@@ -205,5 +203,5 @@ def _collect(groups: list[_Rows], config: LinearConfig, geometry: Geometry, shar
         residual_codebook=residual,
         residual_indices=None if residual is None else codes[None, :, :, 1].transpose(1, 2).contiguous(),
         row_scale=torch.cat([rows.scale for rows in groups]),
-        rotation=across if config.rotation != "none" else None,
+        rotation=rotation_of(config, (geometry.out_features, geometry.in_features), geometry.row_groups),
     )
