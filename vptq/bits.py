@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vptq.config import FLOAT_BITWIDTH, LinearConfig
+from vptq.config import LinearConfig
 from vptq.errors import UsageError
 from vptq.geometry import Geometry, index_bits, plan_geometry
 from vptq.layer_config import LayerConfig, read_quantization_config
 from vptq.models.headers import read_config, read_headers
 from vptq.models.shapes import LinearShape, ModelShapes
+from vptq.recipe import FLOAT_BITWIDTH
 
 IDEAL_ITEMS = ("indices", "residual_indices", "outlier_indices", "codebooks", "residual_codebooks", "outlier_codebooks")
 EXTRA_ITEMS = ("padding", "codebook_scales", "perm", "scale_and_offset")

@@ -8,35 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from vptq.errors import UsageError
-
-VectorQuantDim = Literal["out", "in"]
-KMeansMode = Literal["hessian", "uniform"]
-RotationKind = Literal["none", "hadamard"]
-RotationSides = Literal["both", "in", "out"]
-CodebookScope = Literal["group", "linear", "shared"]
-CodebookSource = Literal["gaussian", "model"]
-ScaleScope = Literal["linear", "row"]
-HessianKind = Literal["input", "fisher"]
-OFF = -1
-MAX_CENTROIDS = 65536
-MAX_VECTOR_LEN = 32
-FLOAT_BITWIDTH = 16
-MAX_STATE_BITS = 16
-DRIFT_FRAC = 0.25
-DEFAULT_SEQ_LEN = 2048
-LADDER = (*((1, bits) for bits in range(1, 9)), (2, 3), (2, 5), (2, 7))  # (vector_len, trellis_bits): what --bits chooses from
-RECIPE: dict[str, Any] = {  # what --bits is, where no flag says otherwise
-    "rotation": "hadamard",
-    "codebook_scope": "shared",
-    "vector_lens": [-1, 1],
-    "num_centroids": [-1, 4096],
-    "trellis_bits": 2,
-    "hessian": "fisher",
-}
-HUB_NAMES = ("wikitext2", "c4", "c4-new")  # datasets known by name
+from vptq.recipe import (
+    DEFAULT_SEQ_LEN,
+    DRIFT_FRAC,
+    FLOAT_BITWIDTH,
+    MAX_CENTROIDS,
+    MAX_STATE_BITS,
+    MAX_VECTOR_LEN,
+    OFF,
+    RECIPE,
+    CodebookScope,
+    CodebookSource,
+    HessianKind,
+    KMeansMode,
+    RotationKind,
+    RotationSides,
+    ScaleScope,
+    VectorQuantDim,
+)
 
 
 def option(default: Any, group: str, help: str, metavar: str | None = None) -> Any:
@@ -285,9 +277,7 @@ class CalibrationConfig:
         False, "calibration", "calibrate each block on what the quantized blocks before it put out, aiming at the original's"
     )
 
-    drift_frac: float = option(
-        DRIFT_FRAC, "calibration", "with --sequential: how much of the inputs' drift weights make up for, 0 to 1"
-    )
+    drift_frac: float = option(DRIFT_FRAC, "calibration", "with --sequential: share of the inputs' drift that is made up for")
 
     @property
     def plain_hessians(self) -> bool:
@@ -321,6 +311,9 @@ class QuantConfig:
     sensitivity_path: str | None = option(
         None, "model", "JSON file that keeps what --bits measures of each linear, and gives it back to later runs"
     )
+    fold: bool | None = option(
+        None, "rotation", "fold rotations into embeddings, norms and head (default: where the model allows it)"
+    )
     linear: LinearConfig = field(default_factory=LinearConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     save_model: bool = option(False, "results", "write model/: the dequantized weights, for any loader")
@@ -342,6 +335,12 @@ class QuantConfig:
                 self.linear.has_trellis and self.linear.num_centroids[1] == RECIPE["num_centroids"][1],
                 "bits chooses the settings of vectors: leave out vector_lens, num_centroids, trellis_bits and codebook_scope",
             )
+        check(not self.fold or self.linear.rotation != "none", "fold goes with rotation hadamard")
+        check(
+            not self.fold or self.calibration.hessian_path is None,
+            "hessian_path keeps Hessians of the model as it is: leave out fold, or hessian_path",
+        )
+        check(self.bits is None or self.calibration.hessian_path is None, "bits calibrates anew: leave out hessian_path")
         check(self.sensitivity_path is None or self.bits is not None, "sensitivity_path goes with bits")
         check(self.num_gpus >= 1, f"num_gpus is {self.num_gpus}, must be 1 or more")
         check(

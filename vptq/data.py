@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vptq.config import HUB_NAMES
 from vptq.errors import UsageError
+from vptq.recipe import HUB_NAMES
 
 TEXT_SUFFIXES = (".txt", ".md")
 JSONL_SUFFIXES = (".jsonl", ".json")

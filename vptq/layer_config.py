@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from vptq.config import FLOAT_BITWIDTH, LinearConfig
+from vptq.config import LinearConfig
 from vptq.errors import CheckpointError
 from vptq.geometry import RING_UNIT, WORD_BITS, Geometry, index_bits
+from vptq.recipe import FLOAT_BITWIDTH
 
 PLAIN_VERSION = 1
 EXTENDED_VERSION = 2

@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[2] / "vptq"
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 # From the street up: a room may import from its own floor's file or from a room further down in this list, never up.
 FLOORS = [
-    "errors", "config", "geometry", "layer_config", "backend", "data", "models", "bits", "calibration", "quantize", "nn",
-    "evaluation", "checkpoint", "pipeline", "cli",
+    "errors", "recipe", "config", "geometry", "layer_config", "backend", "data", "models", "bits", "calibration", "quantize",
+    "nn", "evaluation", "checkpoint", "pipeline", "cli",
 ]  # fmt: skip
 INSIDE = {  # order of files within a room, from the street up
     "models": ["device", "headers", "files", "shapes", "stream", "staging", "prefetch", "architecture", "runner"],
@@ -61,6 +61,7 @@ INSIDE = {  # order of files within a room, from the street up
     "pipeline": [
         "progress",
         "codebooks",
+        "fold",
         "evaluate",
         "compare",
         "tasks",
@@ -78,7 +79,7 @@ INSIDE = {  # order of files within a room, from the street up
     ],
     "cli": ["options", "show", "quantize", "eval_ppl", "eval_kl", "eval_tasks", "bits", "main"],
 }
-TORCH_FREE = ["errors", "config", "geometry", "layer_config", "bits", "models.headers", "models.shapes"]
+TORCH_FREE = ["errors", "recipe", "config", "geometry", "layer_config", "bits", "models.headers", "models.shapes"]
 
 
 def module_name(path: Path) -> str:

@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 
-from vptq.config import RECIPE, QuantConfig
+from vptq.config import QuantConfig
 from vptq.errors import CheckpointError, UsageError
 from vptq.models.architecture import LinearInfo
 from vptq.pipeline.allocation import _knapsack, allocate, allocation_table, nearest_rung, read_sensitivity, rungs, to_json
+from vptq.recipe import RECIPE
 
 BASE = QuantConfig.from_flat(dict(RECIPE)).linear
 

@@ -9,10 +9,11 @@ import torch
 from tests.pipeline.test_run import Stop, config_of, packed_bytes
 from vptq.bits import checkpoint_bits
 from vptq.checkpoint.reader import load_quantized
-from vptq.config import RECIPE, QuantConfig
+from vptq.config import QuantConfig
 from vptq.errors import UsageError
 from vptq.pipeline.compare import compare_models
 from vptq.pipeline.run import quantize_model
+from vptq.recipe import RECIPE
 
 SHARED = {"rotation": "hadamard", "codebook_scope": "shared"}
 CASES = {

@@ -5,11 +5,12 @@ import itertools
 import pytest
 import torch
 
-from vptq.config import LADDER, LinearConfig
+from vptq.config import LinearConfig
 from vptq.pipeline.codebooks import SHIPPED, load_file, shipped_error
 from vptq.quantize.columns import TrellisQuantizer, VectorQuantizer
 from vptq.quantize.gaussian import gaussian_codebook, gaussian_trellis, mean_squared_error
 from vptq.quantize.trellis import Trellis, encode_again, encode_sequences, new_bits, plain_viterbi, states_of, viterbi
+from vptq.recipe import LADDER
 
 CASES = [(4, 2, 1), (6, 2, 1), (5, 3, 2), (7, 5, 1), (4, 4, 2)]
 

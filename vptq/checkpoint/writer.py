@@ -151,7 +151,8 @@ def _write_model(
     with CheckpointWriter(folder) as writer:
         for name in source.entries:
             if name not in replaced:
-                writer.add(own_names.get(name, name), source.get_stored(name))
+                own = own_names.get(name)
+                writer.add(own or name, source.get(own) if own else source.get_stored(name))
         for name, tensor in tensors:
             writer.add(name, tensor)
         writer.add_json("config.json", config)

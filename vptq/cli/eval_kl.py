@@ -7,8 +7,8 @@ from typing import Any
 
 from vptq.cli.options import make_parser, normalise_flags, positive
 from vptq.cli.show import Bar, check_target, table, write_json
-from vptq.config import DEFAULT_SEQ_LEN
 from vptq.errors import UsageError
+from vptq.recipe import DEFAULT_SEQ_LEN
 
 EXAMPLES = """\
   vptq eval-kl --model_name outputs/demo/.../packed_model                the demo model, offline

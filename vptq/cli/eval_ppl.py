@@ -7,7 +7,7 @@ from typing import Any
 
 from vptq.cli.options import make_parser, normalise_flags, positive
 from vptq.cli.show import Bar, check_target, table, with_error, write_json
-from vptq.config import DEFAULT_SEQ_LEN
+from vptq.recipe import DEFAULT_SEQ_LEN
 
 EXAMPLES = """\
   vptq eval-ppl                                    the demo model on its held-out text, offline

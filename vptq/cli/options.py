@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from vptq.config import RECIPE, CalibrationConfig, LinearConfig, QuantConfig
+from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
 from vptq.errors import UsageError
+from vptq.recipe import RECIPE
 
 ALIASES = {"num_red_centroids": "num_res_centroids", "model": "model_name"}
 FORMS = "numbers as 8, pairs as -1 8 (in YAML [-1, 8]), booleans as True or False"

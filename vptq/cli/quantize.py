@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from vptq.cli.options import add_fields, make_parser, merge_settings, normalise_flags, with_defaults
 from vptq.cli.show import Bar, megabytes, say, table, with_error
-from vptq.config import HUB_NAMES, CalibrationConfig, LinearConfig, QuantConfig
+from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
 from vptq.errors import INTERRUPTED_EXIT_CODE, UsageError, VptqError
+from vptq.recipe import HUB_NAMES
 
 if TYPE_CHECKING:
     from vptq.pipeline.outcome import RunResult

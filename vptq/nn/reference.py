@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vptq.config import FLOAT_BITWIDTH
 from vptq.layer_config import LayerConfig
 from vptq.nn.packing import from_uint16_bits, unpack_bits
 from vptq.nn.rings import unpack_rings
 from vptq.quantize.codebook import expand_scales
 from vptq.quantize.result import join_vectors, look_up, spread_rows
 from vptq.quantize.rotation import LinearRotation
+from vptq.recipe import FLOAT_BITWIDTH
 
 CHUNK_WEIGHTS = 1 << 20
 

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from vptq.bits import linear_bits
-from vptq.config import LADDER, LinearConfig
+from vptq.config import LinearConfig
 from vptq.errors import CheckpointError, UsageError
 from vptq.geometry import plan_geometry
 from vptq.models.architecture import LinearInfo
 from vptq.pipeline.codebooks import codebook_name, shipped_error
+from vptq.recipe import LADDER
 
 UNITS = 1 << 16  # that the budget is cut into
 SLACK = 1.002  # of the bits asked for: scales and codebooks come on top of whole rungs

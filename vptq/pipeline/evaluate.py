@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vptq.checkpoint.reader import open_source
-from vptq.config import DEFAULT_SEQ_LEN
 from vptq.data import check_dataset, evaluation_stream, load_tokenizer
 from vptq.errors import UsageError
 from vptq.evaluation.perplexity import Perplexity, cut_windows, progress_steps, streamed_perplexity
@@ -15,6 +14,7 @@ from vptq.models.architecture import DEMO, Skeleton, load_skeleton, resolve_fold
 from vptq.models.device import forced_dtype, resolve_device
 from vptq.models.runner import BlockRunner
 from vptq.pipeline.progress import Progress, Silent
+from vptq.recipe import DEFAULT_SEQ_LEN
 
 
 def evaluate_model(

@@ -18,6 +18,7 @@ from vptq.models.headers import DTYPE_BITS
 from vptq.models.stream import FolderSource
 from vptq.pipeline.codebooks import codebook_name
 from vptq.pipeline.evaluate import resolve_seq_len
+from vptq.pipeline.fold import Fold
 
 DISK_SLACK = 1.1
 
@@ -57,18 +58,23 @@ class RunPlan:
 
 
 def make_plan(
-    config: QuantConfig, skeleton: Skeleton, source: FolderSource, settings: Mapping[str, LinearConfig] | None = None
+    config: QuantConfig,
+    skeleton: Skeleton,
+    source: FolderSource,
+    settings: Mapping[str, LinearConfig] | None = None,
+    fold: Fold | None = None,
 ) -> RunPlan:
     """Work out the run.
 
     Args:
         settings: of every linear, by name, where they differ; else `config.linear` is that of all.
+        fold: what rotates some sides of the linears already.
     Raises:
         UsageError: with everything that does not fit, listed.
     """
     config.validate()
     check_weights(skeleton, source)
-    linears = _plan_linears(config.linear, skeleton, settings or {})
+    linears = _plan_linears(config.linear, skeleton, settings or {}, fold)
     seq_len = resolve_seq_len(config.calibration.seq_len, skeleton.max_seq_len)
     datasets = _eval_datasets(config)
     calibration = config.calibration.dataset or (str(DEMO / "calibration.txt") if config.model_name is None else "c4")
@@ -78,12 +84,15 @@ def make_plan(
     return RunPlan(linears, calibration, seq_len, datasets, bits, tuple(_warnings(config, linears)))
 
 
-def _plan_linears(common: LinearConfig, skeleton: Skeleton, settings: Mapping[str, LinearConfig]) -> tuple[LinearPlan, ...]:
+def _plan_linears(
+    common: LinearConfig, skeleton: Skeleton, settings: Mapping[str, LinearConfig], fold: Fold | None
+) -> tuple[LinearPlan, ...]:
     plans, faults = [], []
     float_bits = skeleton.dtype.itemsize * 8
     owners: dict[str, str] = {}  # the first linear with a shared codebook stores it
     for info in skeleton.linears():
         config = settings.get(info.name, common)
+        config = fold.remaining(info.name, config) if fold is not None else config
         geometry, reasons = plan_geometry(info.out_features, info.in_features, config)
         faults += [f"{info.name} ({info.out_features}x{info.in_features}): {reason}" for reason in reasons]
         if geometry is not None:

@@ -18,7 +18,7 @@ from vptq.calibration.hessian import Hessian
 from vptq.calibration.hessian_store import HessianStore, label_of
 from vptq.checkpoint.reader import DequantizedSource, is_packed, packed_tensors
 from vptq.checkpoint.writer import write_dequantized, write_packed
-from vptq.config import OFF, QuantConfig
+from vptq.config import QuantConfig
 from vptq.data import TokenSequences, calibration_sequences, load_tokenizer
 from vptq.errors import UsageError
 from vptq.evaluation.perplexity import Perplexity, progress_steps, streamed_perplexity
@@ -26,7 +26,6 @@ from vptq.models.architecture import Skeleton, load_skeleton, resolve_folder
 from vptq.models.device import forced_dtype, resolve_device
 from vptq.models.files import save_json
 from vptq.models.headers import fingerprint, folder_bytes
-from vptq.models.prefetch import PrefetchingFolder
 from vptq.models.runner import BlockRunner
 from vptq.models.stream import FolderSource, TensorSource
 from vptq.nn.reference import dequantize_packed
@@ -34,14 +33,16 @@ from vptq.pipeline.calibrate import Calibrator
 from vptq.pipeline.codebooks import codebook_file, prepare_codebooks
 from vptq.pipeline.cost import fisher_units, forward_units, hessian_units, linear_units
 from vptq.pipeline.evaluate import load_windows
+from vptq.pipeline.fold import choose_fold, open_folder
 from vptq.pipeline.job import FREE_ON_RESUME, Job, check_resume
 from vptq.pipeline.outcome import RunResult, finished_result
 from vptq.pipeline.plan import LinearPlan, RunPlan, check_disk
 from vptq.pipeline.progress import Progress, Silent
-from vptq.pipeline.settle import TOKEN_WEIGHTS, Context, first_plan, settle
+from vptq.pipeline.settle import TOKEN_WEIGHTS, Context, first_plan, run_notes, settle
 from vptq.pipeline.task import LinearTask, Moments
 from vptq.pipeline.workers import check_workers, make_executor
 from vptq.quantize.trial import settle_kernels
+from vptq.recipe import OFF
 
 
 def quantize_model(
@@ -93,10 +94,10 @@ class _Run:
         self.skeleton: Skeleton = load_skeleton(folder, config.trust_remote_code, forced_dtype(self.device))
         if is_packed(folder):
             raise UsageError(f"`{folder}` is quantized already", hint="give the original model")
-        prefix = self.skeleton.source_prefix
-        self.source = PrefetchingFolder(folder, prefix, pin=self.device.type == "cuda")
+        self.fold = choose_fold(config, self.skeleton)
+        self.source = open_folder(folder, self.skeleton.source_prefix, self.device.type == "cuda", self.fold)
         self.dtype = forced_dtype(self.device) or self.skeleton.dtype
-        self.plan: RunPlan = first_plan(config, self.skeleton, self.source, job)
+        self.plan: RunPlan = first_plan(config, self.skeleton, self.source, job, self.fold)
         self.fingerprint = fingerprint(self.source.entries)
         if job is not None and job.fingerprint != self.fingerprint:
             raise UsageError(f"`{folder}` is not the model that `{job.folder}` was started with", hint="start a new run")
@@ -198,7 +199,8 @@ class _Run:
         for warning in self.plan.warnings:
             self.progress.note(f"warning: {warning}")
             self.job.log(f"warning: {warning}")
-        for text in self._calibration_notes():
+        kept = [(self.store, path) for path in set(self.kept.values())] if self.store is not None else []
+        for text in run_notes(self.slow, self.fold, kept, len(self.kept), self.tokens):
             self.progress.note(text)
             self.job.log(text)
         total = sum(linear_units(linear) for linear in self.plan.linears)
@@ -209,22 +211,6 @@ class _Run:
             total += fisher_units(self.plan, self.tokens.tokens.numel())
         total += 2 * sum(self._evaluation_units(windows) for windows in self.windows.values())
         self.progress.start(total, done)
-
-    def _calibration_notes(self) -> list[str]:
-        notes = []
-        if self.slow:
-            notes.append(self.slow)
-        if self.kept and self.store is not None:
-            origins = sorted({self.store.provenance(path) for path in set(self.kept.values())})
-            notes.append(
-                f"Hessians of {len(self.kept)} linears come from `{self.store.folder}` ({'; '.join(origins)}): "
-                "for them --dataset, --nsamples, --seq_len and --seed say nothing"
-            )
-        if self.tokens is not None:
-            notes.append(
-                f"calibration: {self.tokens.num_sequences} sequences of {self.tokens.seq_len} tokens of {self.tokens.dataset}"
-            )
-        return notes
 
     def _forward_units(self, block: int) -> float:
         assert self.tokens is not None
@@ -243,7 +229,7 @@ class _Run:
         context, weights = None, None
         if self.tokens is not None:
             parts = self.skeleton, self.source, self.device, self.dtype, self.tokens
-            context = Context(self.config, *parts, self.job, self.progress)
+            context = Context(self.config, *parts, self.job, self.progress, self.fold)
             self.plan, weights = settle(context, self.plan)
             left = {linear.name for linear in self.todo}
             self.todo = [linear for linear in self.plan.linears if linear.name in left]
@@ -357,7 +343,7 @@ class _Run:
         if not self.windows:
             return ()
         quantized = self._quantized_source()
-        before = self._perplexities("original", self.source)
+        before = self._perplexities("original", self.skeleton.source())
         after = self._perplexities("quantized", quantized)
         return tuple((name, before[name], after[name]) for name in self.windows)
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vptq.config import OFF, LinearConfig, QuantConfig
+from vptq.calibration.hessian_store import HessianStore
+from vptq.config import LinearConfig, QuantConfig
 from vptq.data import TokenSequences
 from vptq.models.architecture import Skeleton
 from vptq.models.files import save_json
@@ -20,24 +21,50 @@ from vptq.models.stream import TensorSource
 from vptq.pipeline.allocation import allocate, allocation_table, nearest_rung, read_sensitivity, to_json
 from vptq.pipeline.calibrate import Calibrator, loss_weights
 from vptq.pipeline.cost import fisher_units, forward_units, hessian_units
+from vptq.pipeline.fold import Fold
 from vptq.pipeline.job import Job
 from vptq.pipeline.measure import LossWeights, kept_weights, measure_sensitivity
 from vptq.pipeline.plan import RunPlan, make_plan
 from vptq.pipeline.progress import Progress, aligned
+from vptq.recipe import OFF
 
 ALLOCATION = "allocation.json"
 TOKEN_WEIGHTS = "fisher.safetensors"
 
 
-def first_plan(config: QuantConfig, skeleton: Skeleton, source: PrefetchingFolder, job: Job | None) -> RunPlan:
+def first_plan(
+    config: QuantConfig, skeleton: Skeleton, source: PrefetchingFolder, job: Job | None, fold: Fold | None
+) -> RunPlan:
     """The plan as far as it is known: with --bits as a stopped run chose, or, before that, all at the nearest rung."""
     if config.bits is None:
-        return make_plan(config, skeleton, source)
+        return make_plan(config, skeleton, source, fold=fold)
     config.validate()
     path = job.folder / ALLOCATION if job is not None else None
     if path is not None and path.exists():
-        return make_plan(config, skeleton, source, _read_allocation(path, config.linear))
-    return make_plan(replace(config, linear=nearest_rung(config.linear, config.bits)), skeleton, source)
+        return make_plan(config, skeleton, source, _read_allocation(path, config.linear), fold)
+    return make_plan(replace(config, linear=nearest_rung(config.linear, config.bits)), skeleton, source, fold=fold)
+
+
+def run_notes(
+    slow: str | None, fold: Fold | None, kept: list[tuple[HessianStore, Path]], num_kept: int, tokens: TokenSequences | None
+) -> list[str]:
+    """What the user should know before the work.
+
+    Args:
+        slow: why kernels don't run. kept: Hessian files that serve num_kept linears. tokens: the calibration text.
+    """
+    notes = [slow] if slow else []
+    if fold is not None:
+        notes.append("rotations are folded into embeddings, norms and head")
+    if kept:
+        origins = sorted({store.provenance(path) for store, path in kept})
+        notes.append(
+            f"Hessians of {num_kept} linears come from `{kept[0][0].folder}` ({'; '.join(origins)}): "
+            "for them --dataset, --nsamples, --seq_len and --seed say nothing"
+        )
+    if tokens is not None:
+        notes.append(f"calibration: {tokens.num_sequences} sequences of {tokens.seq_len} tokens of {tokens.dataset}")
+    return notes
 
 
 @dataclass(frozen=True)
@@ -52,6 +79,7 @@ class Context:
     tokens: TokenSequences
     job: Job
     progress: Progress
+    fold: Fold | None
 
     def calibrator(self, weights: LossWeights | None, quantized: TensorSource | None = None) -> Calibrator:
         """The calibration text before the first block."""
@@ -96,7 +124,7 @@ def _allocated(context: Context, plan: RunPlan, bits: float, absolute: Mapping[s
         save_json(path, {"bits": found.bits, "loss": found.loss, "settings": settings})
         context.progress.note(f"{found.bits:.4f} stored bits a weight:\n{aligned(allocation_table(found, infos))}")
         context.job.log(f"allocation: {found.bits:.4f} stored bits a weight, predicted rise of the loss {found.loss:.4f}")
-    return make_plan(context.config, context.skeleton, context.source, _read_allocation(path, base))
+    return make_plan(context.config, context.skeleton, context.source, _read_allocation(path, base), context.fold)
 
 
 def _read_allocation(path: Path, base: LinearConfig) -> dict[str, LinearConfig]:

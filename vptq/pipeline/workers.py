@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from vptq.errors import RunError, UsageError
 from vptq.models.files import save_tensors
 from vptq.models.prefetch import PrefetchingFolder
-from vptq.models.stream import FolderSource
+from vptq.pipeline.fold import Fold, FoldedFolder, open_folder
 from vptq.pipeline.job import Job
 from vptq.pipeline.task import LinearTask, Moments, keep, make_batches, quantize_batch
 
@@ -66,14 +66,15 @@ class InProcess:
 class Processes:
     """Tasks shared out to `count` spawned processes; worker i takes GPU i, or the CPU where there is none."""
 
-    def __init__(self, job: Job, source: FolderSource, device: torch.device, count: int) -> None:
+    def __init__(self, job: Job, source: PrefetchingFolder, device: torch.device, count: int) -> None:
         context = torch.multiprocessing.get_context("spawn")
         numbers = context.Queue()
         for number in range(count):
             numbers.put(number)
         gpus = torch.cuda.device_count() if device.type == "cuda" else 0
         threads = max(1, (os.cpu_count() or 1) // count)
-        setup = (numbers, gpus, threads, job.folder, source.folder, source.base_prefix)
+        fold = source.fold if isinstance(source, FoldedFolder) else None
+        setup = (numbers, gpus, threads, job.folder, source.folder, source.base_prefix, fold)
         self.folder, self.device = job.folder, device
         for left in job.folder.glob("hessians-*"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
@@ -131,7 +132,9 @@ def _load_moments(path: Path) -> Moments:
 _worker: dict[str, Any] = {}  # what one worker process is given once, at its start
 
 
-def _start_worker(numbers: Any, gpus: int, threads: int, run_folder: Path, model_folder: Path, prefix: str) -> None:
+def _start_worker(
+    numbers: Any, gpus: int, threads: int, run_folder: Path, model_folder: Path, prefix: str, fold: Fold | None
+) -> None:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # files appear by rename: stopping at once loses nothing
     number = numbers.get()
     if gpus:
@@ -142,7 +145,7 @@ def _start_worker(numbers: Any, gpus: int, threads: int, run_folder: Path, model
         torch.set_num_threads(threads)
     job = Job.load(run_folder)
     job.log(f"worker {number} on {device}", number)
-    _worker.update(number=number, device=device, job=job, source=FolderSource(model_folder, prefix))
+    _worker.update(number=number, device=device, job=job, source=open_folder(model_folder, prefix, False, fold))
 
 
 def _run_in_worker(batch: list[LinearTask], files: Mapping[str, Path]) -> list[dict[str, Any]]:

@@ -1,0 +1,131 @@
+"""Rotations folded into neighbours: what goes into attention and MLP, and what comes out, need no transform at run time.
+
+The residual stream is rotated as a whole (SliceGPT, arXiv:2401.15024; QuaRot, arXiv:2404.00456): embeddings E become E Rᵀ,
+weights that read it W diag(γ) Rᵀ, weights that write it R W, the head W diag(γ) Rᵀ, and the norms' γ one. RMS norms do not
+see a rotation, so the model computes what it did. The quantizer then finds the inputs of q, k, v, gate and up and the
+outputs of o and down rotated already. A head tied to the embeddings can't be folded: γ parts the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from vptq.config import LinearConfig, QuantConfig
+from vptq.errors import UsageError
+from vptq.models.architecture import Skeleton, tied_names
+from vptq.models.prefetch import PrefetchingFolder
+from vptq.quantize.rotation import Rotation
+from vptq.recipe import RotationSides
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # that write and read the residual stream as named below, and nowhere else
+READERS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What becomes of the parameters of a model whose residual stream is rotated.
+
+    Attributes:
+        rotation: of the residual stream.
+        readers: weight -> the norm whose γ it takes in. writers: weights and biases. norms: that become one.
+        embedding: name of the embeddings' weight.
+        sides: linear -> the side that is rotated by the fold, "in" or "out".
+    """
+
+    rotation: Rotation
+    embedding: str
+    readers: Mapping[str, str] = field(default_factory=dict)
+    writers: frozenset[str] = frozenset()
+    norms: frozenset[str] = frozenset()
+    sides: Mapping[str, str] = field(default_factory=dict)
+
+    def apply(self, name: str, tensor: Tensor, get: Callable[[str], Tensor]) -> Tensor:
+        """The folded parameter, in its stored type. get: gives the original of another one."""
+        wide = tensor.float()
+        if name in self.norms:
+            return tensor.new_ones(tensor.shape)
+        if name in self.readers:
+            wide = self.rotation.apply(wide * get(self.readers[name]).float())
+        elif name == self.embedding:
+            wide = self.rotation.apply(wide)
+        elif name in self.writers:
+            wide = self.rotation.apply(wide.T).T if wide.ndim == 2 else self.rotation.apply(wide)
+        else:
+            return tensor
+        return wide.to(tensor.dtype).contiguous()
+
+    def remaining(self, name: str, config: LinearConfig) -> LinearConfig:
+        """The settings of a linear, less the side that the fold rotates."""
+        side = self.sides.get(name)
+        if side is None or config.rotation == "none":
+            return config
+        other: RotationSides = "out" if side == "in" else "in"
+        if config.rotation_sides in ("both", other):
+            return replace(config, rotation_sides=other)
+        return replace(config, rotation="none", rotation_sides="both")
+
+
+class FoldedFolder(PrefetchingFolder):
+    """A model folder whose parameters come folded."""
+
+    def __init__(self, folder: Path, base_prefix: str = "", *, pin: bool = False, fold: Fold) -> None:
+        super().__init__(folder, base_prefix, pin=pin)
+        self.fold = fold
+
+    def get(self, name: str) -> Tensor:
+        """The folded parameter `name`, on the CPU, in its stored type."""
+        return self.fold.apply(name, super().get(name), super().get)
+
+
+def open_folder(folder: Path, base_prefix: str, pin: bool, fold: Fold | None) -> PrefetchingFolder:
+    """The tensors of a model folder, folded where there is a fold."""
+    if fold is None:
+        return PrefetchingFolder(folder, base_prefix, pin=pin)
+    return FoldedFolder(folder, base_prefix, pin=pin, fold=fold)
+
+
+def choose_fold(config: QuantConfig, skeleton: Skeleton) -> Fold | None:
+    """The fold that the settings ask for. Raises UsageError where one is asked for that can't be."""
+    if config.fold is False or config.linear.rotation == "none" or config.calibration.hessian_path is not None:
+        return None
+    found = make_fold(skeleton, config.linear.rotation_seed)
+    if isinstance(found, Fold):
+        return found
+    if config.fold:
+        raise UsageError("this model's rotations can't be folded", where=[found], hint="leave out --fold")
+    return None
+
+
+def make_fold(skeleton: Skeleton, seed: int) -> Fold | str:
+    """The fold of a model, or why there is none."""
+    config = skeleton.model.config
+    if config.model_type not in MODEL_TYPES:
+        return f"models of type {config.model_type} are not folded, only {', '.join(MODEL_TYPES)}"
+    if getattr(config, "tie_word_embeddings", False) or tied_names(skeleton.model):
+        return "head and embeddings are tied"
+    base = skeleton.blocks_name.rpartition(".")[0]
+    rotation = Rotation(config.hidden_size, seed, "in")
+    readers = {"lm_head.weight": f"{base}.norm.weight"}
+    norms, writers, sides = {f"{base}.norm.weight"}, set(), {}
+    for block in range(len(skeleton.blocks)):
+        prefix = skeleton.block_name(block)
+        for norm, linears in READERS.items():
+            norms.add(f"{prefix}.{norm}.weight")
+            for suffix in linears:
+                readers[f"{prefix}.{suffix}.weight"] = f"{prefix}.{norm}.weight"
+                sides[f"{prefix}.{suffix}"] = "in"
+        for suffix in WRITERS:
+            writers |= {f"{prefix}.{suffix}.weight", f"{prefix}.{suffix}.bias"}
+            sides[f"{prefix}.{suffix}"] = "out"
+    fold = Fold(rotation, f"{base}.embed_tokens.weight", readers, frozenset(writers), frozenset(norms), sides)
+    names = {name for name, _ in skeleton.model.named_parameters()}
+    missing = sorted((set(readers) | norms | {fold.embedding}) - names)
+    return f"it has no parameter `{missing[0]}`" if missing else fold

@@ -1,0 +1,31 @@
+"""The words and limits of settings, and the recipe behind `--bits`. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+VectorQuantDim = Literal["out", "in"]
+KMeansMode = Literal["hessian", "uniform"]
+RotationKind = Literal["none", "hadamard"]
+RotationSides = Literal["both", "in", "out"]
+CodebookScope = Literal["group", "linear", "shared"]
+CodebookSource = Literal["gaussian", "model"]
+ScaleScope = Literal["linear", "row"]
+HessianKind = Literal["input", "fisher"]
+OFF = -1
+MAX_CENTROIDS = 65536
+MAX_VECTOR_LEN = 32
+FLOAT_BITWIDTH = 16
+MAX_STATE_BITS = 16
+DRIFT_FRAC = 0.25
+DEFAULT_SEQ_LEN = 2048
+LADDER = (*((1, bits) for bits in range(1, 9)), (2, 3), (2, 5), (2, 7))  # (vector_len, trellis_bits): what --bits chooses from
+RECIPE: dict[str, Any] = {  # what --bits is, where no flag says otherwise
+    "rotation": "hadamard",
+    "codebook_scope": "shared",
+    "vector_lens": [-1, 1],
+    "num_centroids": [-1, 4096],
+    "trellis_bits": 2,
+    "hessian": "fisher",
+}
+HUB_NAMES = ("wikitext2", "c4", "c4-new")  # datasets known by name
