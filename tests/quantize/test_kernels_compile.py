@@ -13,10 +13,10 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vptq.quantize.kernels import clusters, features, nearest, sweep_block
+from vptq.quantize.kernels import clusters, features, hadamard, nearest, sweep_block, trellis
 
 INT64 = {"sums_ptr", "totals_ptr", "products_ptr", "element_totals_ptr"}
-INT32 = {"index_ptr", "index2_ptr", "active_ptr", "groups_ptr", "assignments_ptr"}
+INT32 = {"seam_ptr", "state_ptr", "index_ptr", "index2_ptr", "active_ptr", "groups_ptr", "assignments_ptr"}
 
 def kind(name, fn):
     if not name.endswith("_ptr") and name not in ("scratch",):
@@ -29,6 +29,8 @@ def kind(name, fn):
         return "*fp16"
     if name in ("steps_ptr", "partial_ptr", "found_ptr") or fn is clusters._block_sums and name == "sums_ptr":
         return "*fp64"
+    if name == "came_ptr":
+        return "*u8"
     return "*i1" if name == "far_ptr" else "*fp32"
 
 def compile_for(capability, fn, warps, **constants):
@@ -56,6 +58,9 @@ for v, weighted in ((6, False), (4, True)):
     block |= dict(SPLIT=l.split, TILES=l.tiles, RESIDUAL_TILES=2, RESIDUAL=weighted, **scores, **far)
     go(sweep_block._sweep_out, 8, **block)
     go(sweep_block._sweep_in, 8, **block)
+    go(hadamard._hadamard, POWER=1024, WIDTH=32, WIDE=32, HIGH=32, RUNS=2)
+    states = dict(VECTOR_LEN=2, STATE_BITS=10, STEP_BITS=3)
+    go(trellis._viterbi, 4, **states, WEIGHTED=weighted, OWN_WEIGHTS=False, HELD=weighted)
 """
 
 
@@ -67,4 +72,4 @@ def test_all_kernels_compile(tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     found = subprocess.run([sys.executable, tmp_path / "script.py"], env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-2000:]
-    assert found.stdout.count("compiled") == 18
+    assert found.stdout.count("compiled") == 22
