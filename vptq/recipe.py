@@ -27,5 +27,6 @@ RECIPE: dict[str, Any] = {  # what --bits is, where no flag says otherwise
     "num_centroids": [-1, 4096],
     "trellis_bits": 2,
     "hessian": "fisher",
+    "sequential": True,
 }
 HUB_NAMES = ("wikitext2", "c4", "c4-new")  # datasets known by name

@@ -69,4 +69,5 @@ def _whole_model(model_name: str | None, device: str | None, trust_remote_code: 
 
 def _figures(values: dict[str, Any]) -> dict[str, float]:
     """lm-eval's `acc,none` and `acc_stderr,none` as acc and acc_stderr."""
-    return {name.split(",")[0]: float(value) for name, value in values.items() if isinstance(value, int | float)}
+    numbers = {name.split(",")[0]: value for name, value in values.items() if "," in name}
+    return {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
