@@ -182,6 +182,8 @@ def checkpoint_bits(folder: Path) -> ModelBits:
 
 
 def _checkpoint_linear(name: str, layer: LayerConfig, stored: dict[str, int]) -> LinearBits:
+    if layer.weight_of:
+        return LinearBits(name, 0, dict.fromkeys(ITEMS, 0))  # stored once, counted once
     geometry = layer.geometry
     vectors = _num_vectors(geometry)
 

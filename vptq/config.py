@@ -10,16 +10,17 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from vptq.checks import Checker, check_rotated
 from vptq.errors import UsageError
 from vptq.recipe import (
     DEFAULT_SEQ_LEN,
     DRIFT_FRAC,
     FLOAT_BITWIDTH,
     MAX_CENTROIDS,
-    MAX_STATE_BITS,
     MAX_VECTOR_LEN,
     OFF,
     RECIPE,
+    ROWS,
     CodebookScope,
     CodebookSource,
     HessianKind,
@@ -131,7 +132,7 @@ class LinearConfig:
     def faults(self) -> list[str]:
         """Every fault of these settings that shows without a shape."""
         found: list[str] = []
-        check = _Checker(found)
+        check = Checker(found)
         outlier_len, main_len = self.vector_lens
         outlier_k, main_k = self.num_centroids
         outlier_res, main_res = self.num_res_centroids
@@ -169,7 +170,7 @@ class LinearConfig:
             f"vector_quant_dim is {self.vector_quant_dim!r}, must be one of out, in",
         )
         check(self.kmeans_mode in get_args(KMeansMode), f"kmeans_mode is {self.kmeans_mode!r}, must be hessian or uniform")
-        self._check_rotated(check)
+        check_rotated(self, check)
         if self.absorb_perm:
             check(self.enable_perm, "absorb_perm needs enable_perm")
             check(
@@ -183,54 +184,6 @@ class LinearConfig:
                     f"{flag}: {k} is not a power of two, as the plain VPTQ format needs",
                 )
         return found
-
-    def _check_rotated(self, check: _Checker) -> None:
-        """Rotation, shared codebooks, trellis and refinement."""
-        for name, kind in (
-            ("rotation", RotationKind),
-            ("rotation_sides", RotationSides),
-            ("codebook_scope", CodebookScope),
-            ("codebook_source", CodebookSource),
-            ("scale_scope", ScaleScope),
-        ):
-            value = getattr(self, name)
-            check(value in get_args(kind), f"{name} is {value!r}, must be one of {', '.join(get_args(kind))}")
-        check(self.rotation != "none" or self.rotation_sides == "both", "rotation_sides goes with rotation hadamard")
-        check(self.refine_iters >= 0, f"refine_iters is {self.refine_iters}, must be 0 or more")
-        check(1 <= self.beam <= 64, f"beam is {self.beam}, must be 1 to 64")
-        check(self.beam == 1 or (self.has_residual and self.refine_iters > 0), "beam needs a residual stage and refine_iters")
-        check(self.row_groups >= 1, f"row_groups is {self.row_groups}, must be 1 or more")
-        check(
-            self.codebook_scope != "linear" or (self.group_num == 1 and self.group_size == OFF),
-            "codebook_scope linear is one codebook for a whole linear: leave out group_num and group_size",
-        )
-        if not self.is_shared:
-            check(self.trellis_bits == OFF, "trellis_bits needs codebook_scope shared")
-            check(self.row_groups == 1, "row_groups needs codebook_scope shared")
-            check(self.scale_scope == "linear", "scale_scope needs codebook_scope shared (own codebooks carry their scale)")
-            check(self.codebook_source == "gaussian", "codebook_source needs codebook_scope shared")
-            return
-        check(self.vector_quant_dim == "out", "codebook_scope shared needs vector_quant_dim out")
-        check(not self.normalises, "codebook_scope shared has one scale a linear or row: leave out enable_norm")
-        check(
-            not self.has_outliers and self.group_num == 1 and self.group_size == OFF,
-            "codebook_scope shared takes no outliers and no groups of columns",
-        )
-        if self.has_trellis:
-            self._check_trellis(check)
-
-    def _check_trellis(self, check: _Checker) -> None:
-        state_bits = self.num_centroids[1].bit_length() - 1
-        check(
-            self.num_centroids[1] == 1 << state_bits and 4 <= state_bits <= MAX_STATE_BITS,
-            f"a trellis needs num_centroids a power of two, 16 to {1 << MAX_STATE_BITS}, not {self.num_centroids[1]}",
-        )
-        check(
-            1 <= self.trellis_bits < state_bits,
-            f"trellis_bits is {self.trellis_bits}, must be 1 to {state_bits - 1}: fewer than the bits of an index",
-        )
-        check(not self.has_residual, "a trellis takes no residual stage")
-        check(self.codebook_source == "gaussian", "a trellis needs codebook_source gaussian")
 
     def loader_warnings(self) -> list[str]:
         """Why other VPTQ loaders will not read what these settings give, though ours does."""
@@ -286,7 +239,7 @@ class CalibrationConfig:
 
     def faults(self) -> list[str]:
         found: list[str] = []
-        check = _Checker(found)
+        check = Checker(found)
         check(self.nsamples >= 1, f"nsamples is {self.nsamples}, must be 1 or more")
         check(self.seq_len is None or self.seq_len >= 2, f"seq_len is {self.seq_len}, must be 2 or more")
         check(0 <= self.drift_frac <= 1, f"drift_frac is {self.drift_frac:g}, must be 0 to 1")
@@ -314,6 +267,12 @@ class QuantConfig:
     fold: bool | None = option(
         None, "rotation", "fold rotations into embeddings, norms and head (default: where the model allows it)"
     )
+    head_bits: int | None = option(
+        None, "model", "bits a weight of the output head too: 2, 3, 4, 5, 6 or 8 (default: as it is)"
+    )
+    embed_bits: int | None = option(
+        None, "model", "bits a weight of the input embeddings too; where these are the head, of both"
+    )
     linear: LinearConfig = field(default_factory=LinearConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     save_model: bool = option(False, "results", "write model/: the dequantized weights, for any loader")
@@ -328,7 +287,7 @@ class QuantConfig:
 
     def faults(self) -> list[str]:
         found = [*self.linear.faults(), *self.calibration.faults()]
-        check = _Checker(found)
+        check = Checker(found)
         if self.bits is not None:
             check(1 <= self.bits <= 8, f"bits is {self.bits:g}, must be 1 to 8")
             check(
@@ -341,6 +300,8 @@ class QuantConfig:
             "hessian_path keeps Hessians of the model as it is: leave out fold, or hessian_path",
         )
         check(self.bits is None or self.calibration.hessian_path is None, "bits calibrates anew: leave out hessian_path")
+        for name, value in (("head_bits", self.head_bits), ("embed_bits", self.embed_bits)):
+            check(value is None or value in ROWS, f"{name} is {value}, must be one of {', '.join(map(str, ROWS))}")
         check(self.sensitivity_path is None or self.bits is not None, "sensitivity_path goes with bits")
         check(self.num_gpus >= 1, f"num_gpus is {self.num_gpus}, must be 1 or more")
         check(
@@ -387,14 +348,3 @@ class QuantConfig:
             linear=LinearConfig(**pick(LinearConfig)),
             calibration=CalibrationConfig(**pick(CalibrationConfig)),
         )
-
-
-class _Checker:
-    """Collects the messages of the conditions that do not hold."""
-
-    def __init__(self, found: list[str]) -> None:
-        self.found = found
-
-    def __call__(self, holds: bool, message: str) -> None:
-        if not holds:
-            self.found.append(message)

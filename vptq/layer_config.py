@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from vptq.config import LinearConfig
@@ -41,6 +41,7 @@ class LayerConfig:
             where the codebooks carry the scale.
         trellis_bits, ring_len: bits stored a vector and vectors a ring of the trellis; 0 without one.
         codebook_of: the linear whose codebook this one shares; empty where it stores its own.
+        weight_of: the embedding that is this head as well; empty where the head stores a weight of its own.
     """
 
     in_features: int
@@ -65,6 +66,7 @@ class LayerConfig:
     trellis_bits: int = 0
     ring_len: int = 0
     codebook_of: str = ""
+    weight_of: str = ""
 
     @classmethod
     def of(cls, config: LinearConfig, geometry: Geometry, bias: bool, codebook_of: str = "") -> LayerConfig:
@@ -123,7 +125,7 @@ class LayerConfig:
 
     @property
     def stores_codebook(self) -> bool:
-        return not self.codebook_of
+        return not (self.codebook_of or self.weight_of)
 
     @property
     def main_bits(self) -> int:
@@ -207,6 +209,8 @@ class LayerConfig:
         """Every stored tensor of the linear but its bias: name -> (shape, kind), kind one of float, int32, int16."""
         geometry = self.geometry
         shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+        if self.weight_of:
+            return shapes
         if self.stores_codebook:
             shapes |= self.codebook_shapes()
         if self.trellis_bits:
@@ -285,7 +289,11 @@ def _check_shared(layers: dict[str, LayerConfig]) -> None:
     faults = []
     for name, layer in layers.items():
         owner = layers.get(layer.codebook_of)
-        if not layer.stores_codebook and (
+        if layer.weight_of:
+            twin = layers.get(layer.weight_of)
+            if twin is None or replace(layer, weight_of="", codebook_of=twin.codebook_of, bias=twin.bias) != twin:
+                faults.append(f"{name}: is said to be `{layer.weight_of}`, which is not there or of another form")
+        elif not layer.stores_codebook and (
             owner is None or not owner.stores_codebook or owner.codebook_shapes() != layer.codebook_shapes()
         ):
             faults.append(f"{name}: shares the codebook of `{layer.codebook_of}`, which stores none that fits")

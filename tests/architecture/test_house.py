@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[2] / "vptq"
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 # From the street up: a room may import from its own floor's file or from a room further down in this list, never up.
 FLOORS = [
-    "errors", "recipe", "config", "geometry", "layer_config", "backend", "data", "models", "bits", "calibration", "quantize",
-    "nn", "evaluation", "checkpoint", "pipeline", "cli",
+    "errors", "recipe", "checks", "config", "geometry", "layer_config", "backend", "data", "models", "bits", "calibration",
+    "quantize", "nn", "evaluation", "checkpoint", "pipeline", "cli",
 ]  # fmt: skip
 INSIDE = {  # order of files within a room, from the street up
     "models": ["device", "headers", "files", "shapes", "stream", "staging", "prefetch", "architecture", "runner"],
@@ -56,12 +56,13 @@ INSIDE = {  # order of files within a room, from the street up
         "trial",
     ],
     "evaluation": ["perplexity", "divergence"],
-    "nn": ["packing", "rings", "reference", "vquant_linear", "replace"],
+    "nn": ["packing", "rings", "reference", "vquant_linear", "vquant_embedding", "replace"],
     "checkpoint": ["names", "writer", "reader", "transformers_bridge"],
     "pipeline": [
         "progress",
         "codebooks",
         "fold",
+        "ends",
         "evaluate",
         "compare",
         "tasks",
@@ -74,12 +75,13 @@ INSIDE = {  # order of files within a room, from the street up
         "workers",
         "calibrate",
         "measure",
+        "results",
         "settle",
         "run",
     ],
     "cli": ["options", "show", "quantize", "eval_ppl", "eval_kl", "eval_tasks", "bits", "main"],
 }
-TORCH_FREE = ["errors", "recipe", "config", "geometry", "layer_config", "bits", "models.headers", "models.shapes"]
+TORCH_FREE = ["errors", "recipe", "checks", "config", "geometry", "layer_config", "bits", "models.headers", "models.shapes"]
 
 
 def module_name(path: Path) -> str:

@@ -64,7 +64,8 @@ class DequantizedSource:
     def get(self, name: str) -> Tensor:
         linear = name.removesuffix(".weight")
         if linear != name and linear in self.layers:
-            return dequantize_packed(self.stored(linear), self.layers[linear], self.dtype)
+            layer = self.layers[self.layers[linear].weight_of or linear]
+            return dequantize_packed(self.stored(linear), layer, self.dtype)
         return self.base.get(name)
 
 
@@ -99,7 +100,12 @@ def open_source(skeleton: Skeleton) -> TensorSource:
     layers = read_layers(skeleton.folder)
     check_weights(skeleton, source, quantized=layers)
     check_packed(source, layers)
-    return DequantizedSource(source, layers, lambda name: packed_tensors(source, name, layers[name]), skeleton.dtype)
+
+    def stored(name: str) -> dict[str, Tensor]:
+        name = layers[name].weight_of or name
+        return packed_tensors(source, name, layers[name])
+
+    return DequantizedSource(source, layers, stored, skeleton.dtype)
 
 
 def load_quantized(

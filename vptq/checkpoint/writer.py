@@ -119,6 +119,8 @@ def write_packed(
     """
     tensors = ((f"{linear}.{key}", tensor) for linear, stored in packed for key, tensor in stored.items())
     config = read_config(source.folder) | {"quantization_config": quantization_config(dict(layers))}
+    if any(layer.weight_of for layer in layers.values()):
+        config["tie_word_embeddings"] = False  # the packed head finds its embeddings by itself
     _write_model(folder, source, parameters, list(layers), tensors, config)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -63,6 +63,20 @@ class Skeleton:
                     has_bias = module.bias is not None
                     found.append(LinearInfo(name, number, suffix, module.out_features, module.in_features, has_bias))
         return found
+
+    def end(self, which: Literal["embedding", "head"]) -> LinearInfo | None:
+        """The input embeddings, a row a token, or the output head, as a linear; None where there is none of the usual kind."""
+        asked = self.model.get_input_embeddings() if which == "embedding" else self.model.get_output_embeddings()
+        name = next((n for n, module in self.model.named_modules() if module is asked), None)
+        if name is None or type(asked) not in (nn.Embedding, nn.Linear):
+            return None
+        rows, columns = asked.weight.shape
+        return LinearInfo(name, len(self.blocks), name, rows, columns, getattr(asked, "bias", None) is not None)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head is the embeddings."""
+        return bool(tied_names(self.model))
 
     @property
     def max_seq_len(self) -> int | None:

@@ -136,6 +136,23 @@ class BlockRunner:
         """What the model makes of the last block's output: (sequences, seq_len, vocab_size)."""
         return self._logits(hidden, tokens)
 
+    @torch.no_grad()
+    def head_inputs(self, hidden: Tensor, tokens: Tensor, head: str) -> Tensor:
+        """What the model makes of the last block's output before its head, the module of that name: (..., in_features)."""
+        caught: list[Tensor] = []
+
+        def catch(_module: Any, args: tuple) -> None:
+            caught.append(args[0])
+            raise _StopForward
+
+        handle = self.model.get_submodule(head).register_forward_pre_hook(catch)
+        try:
+            with contextlib.suppress(_StopForward):
+                self._logits(hidden, tokens)
+        finally:
+            handle.remove()
+        return caught[0]
+
     @torch.enable_grad()
     def loss_gradient(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Gradient of the summed next-token loss, in nats, with respect to the last block's output; of the same shape.

@@ -42,6 +42,14 @@ def dequantize_rotated(tensors: Mapping[str, Tensor], config: LayerConfig) -> Te
     return _restore(weight, tensors, config)
 
 
+def dequantize_rows(tensors: Mapping[str, Tensor], config: LayerConfig, rows: Tensor) -> Tensor:
+    """Some rows of a weight with vectors along inputs and a scale a row: (n,) integer -> (n, in_features) float32."""
+    main = stored_centroids("centroids", tensors, config, config.num_centroids[1], config.vector_lens[1])
+    indices = unpack_bits(tensors["indices"][0, rows], config.main_bits, config.geometry.group_grid[1])
+    found = look_up(main, indices[None])[0].flatten(1)[:, : config.in_features]
+    return rotation_of(config).turn_back(found * tensors["row_scale"].float()[rows, None])
+
+
 def rotation_of(config: LayerConfig) -> LinearRotation:
     """The rotations that are applied when the linear runs."""
     shape = config.out_features, config.in_features

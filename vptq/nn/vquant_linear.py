@@ -95,7 +95,7 @@ class VQuantLinear(nn.Module):
         owner.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def share_codebook(self, owner: VQuantLinear) -> None:
-        """Take the codebook of `owner`, the linear that `layer_config.codebook_of` names."""
+        """Take the codebook of `owner`, the linear that `layer_config.codebook_of` names, or all that it has (`weight_of`)."""
         self._owner = (owner,)
 
     def stored_tensors(self) -> dict[str, Tensor]:
@@ -106,6 +106,8 @@ class VQuantLinear(nn.Module):
         if not self._owner:
             raise VptqError("this linear shares the codebook of another, which it was not given", hint="use share_codebook")
         shared = self._owner[0].stored_tensors()
+        if self.layer_config.weight_of:
+            return shared
         names = self.layer_config.codebook_shapes()
         return own | {name: shared[name].to(own["indices"].device) for name in names}
 

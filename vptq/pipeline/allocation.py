@@ -19,6 +19,8 @@ from vptq.pipeline.codebooks import codebook_name, shipped_error
 from vptq.recipe import LADDER
 
 UNITS = 1 << 16  # that the budget is cut into
+TEMPER = 0.5  # power of a linear's sensitivity a weight: what is measured is less certain the further it is from the mean
+RANGE = 1.0  # bits that a linear may be above or below the target
 SLACK = 1.002  # of the bits asked for: scales and codebooks come on top of whole rungs
 FORMAT = "vptq-sensitivity-1"
 
@@ -56,9 +58,10 @@ def allocate(
     Raises:
         UsageError: fewer bits than the lowest rung takes.
     """
-    ladder = rungs(base)
+    ladder = [config for config in rungs(base) if abs(_rate(config) - target) <= RANGE]
     errors = [shipped_error(config) for config in ladder]
     usable = [(config, error) for config, error in zip(ladder, errors, strict=True) if error is not None]
+    tempered = _tempered(linears, sensitivity)
     bits: list[list[int]] = []
     losses, choices = [], []
     for info in linears:
@@ -66,7 +69,7 @@ def allocate(
         fitting = [(config, error, stored) for config, error, stored in tried if stored is not None]
         choices.append([config for config, _, _ in fitting])
         bits.append([stored for _, _, stored in fitting])
-        losses.append([sensitivity[info.name] * error for _, error, _ in fitting])
+        losses.append([tempered[info.name] * error for _, error, _ in fitting])
     weights = sum(info.out_features * info.in_features for info in linears)
     codebooks = len(usable) * base.num_centroids[1] * 2 * float_bits
     budget = target * SLACK * weights - min(codebooks, 0.002 * target * weights)
@@ -81,8 +84,15 @@ def allocate(
     books = {codebook_name(config): config for config in settings.values()}
     stored = sum(own[c] for own, c in zip(bits, chosen, strict=True))
     stored += sum(config.num_centroids[1] * config.vector_len * float_bits for config in books.values())
-    loss = sum(own[c] for own, c in zip(losses, chosen, strict=True))
+    measured = {codebook_name(config): error for config, error in usable}
+    loss = sum(sensitivity[name] * measured[codebook_name(config)] for name, config in settings.items())
     return Allocation(settings, stored / weights, loss)
+
+
+def _tempered(linears: Sequence[LinearInfo], sensitivity: Mapping[str, float]) -> dict[str, float]:
+    """Sensitivities nearer to what their linears' sizes alone would give them."""
+    sizes = {info.name: info.out_features * info.in_features for info in linears}
+    return {name: size * (max(sensitivity[name], 0.0) / size) ** TEMPER for name, size in sizes.items()}
 
 
 def _stored(info: LinearInfo, config: LinearConfig, float_bits: int) -> int | None:

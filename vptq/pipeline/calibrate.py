@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vptq.calibration.fisher import token_weights
-from vptq.calibration.hessian import BlockHessians, Hessian
+from vptq.calibration.hessian import BlockHessians, Hessian, HessianAccumulator
 from vptq.data import TokenSequences
 from vptq.evaluation.perplexity import token_batches
 from vptq.models.architecture import Skeleton
@@ -78,6 +78,17 @@ class Calibrator:
             self.runner.load_block(block, self.quantized)
             self.runner.run_block_(block, self.drifted)
             self.runner.unload_block(block)
+
+    def head(self, name: str) -> Tensor:
+        """Second moment of what goes into the head, once the states are past the last block: (in_features, in_features)."""
+        accumulator: HessianAccumulator | None = None
+        for hidden, tokens in zip(self.states.batches, self.states.tokens, strict=True):
+            inputs = self.runner.head_inputs(hidden, tokens, name)
+            if accumulator is None:
+                accumulator = HessianAccumulator(inputs.shape[-1], inputs.device)
+            accumulator.add(inputs)
+        assert accumulator is not None
+        return accumulator.mean()
 
     def close(self) -> None:
         """Free all weights."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vptq.bits import LinearBits, ModelBits, linear_bits
+from vptq.bits import ITEMS, LinearBits, ModelBits, linear_bits
 from vptq.config import LinearConfig, QuantConfig
 from vptq.data import check_dataset
 from vptq.errors import UsageError
@@ -17,6 +17,7 @@ from vptq.models.architecture import DEMO, LinearInfo, Skeleton, check_weights
 from vptq.models.headers import DTYPE_BITS
 from vptq.models.stream import FolderSource
 from vptq.pipeline.codebooks import codebook_name
+from vptq.pipeline.ends import End, choose_ends
 from vptq.pipeline.evaluate import resolve_seq_len
 from vptq.pipeline.fold import Fold
 
@@ -42,16 +43,23 @@ class RunPlan:
     """A whole run, worked out from shapes.
 
     Attributes:
-        linears: in module order. calibration_dataset, seq_len: resolved. eval_datasets: text to measure on, in order.
+        linears: of the blocks, in module order. ends: embeddings and head, where they are quantized too.
+        calibration_dataset, seq_len: resolved. eval_datasets: text to measure on, in order.
         bits: predicted, of linears and file. warnings: what works but the user should know.
     """
 
     linears: tuple[LinearPlan, ...]
+    ends: tuple[LinearPlan, ...]
     calibration_dataset: str
     seq_len: int
     eval_datasets: tuple[str, ...]
     bits: ModelBits
     warnings: tuple[str, ...]
+
+    @property
+    def everything(self) -> tuple[LinearPlan, ...]:
+        """All that is quantized: the blocks' linears, then embeddings and head."""
+        return self.linears + self.ends
 
     def of_block(self, block: int) -> list[LinearPlan]:
         return [linear for linear in self.linears if linear.info.block == block]
@@ -74,32 +82,37 @@ def make_plan(
     """
     config.validate()
     check_weights(skeleton, source)
-    linears = _plan_linears(config.linear, skeleton, settings or {}, fold)
+    wanted = []
+    for info in skeleton.linears():
+        own = (settings or {}).get(info.name, config.linear)
+        wanted.append(End(info, fold.remaining(info.name, own) if fold is not None else own))
+    planned = _plan_linears([*wanted, *choose_ends(config, skeleton)], skeleton)
+    linears, ends = planned[: len(wanted)], planned[len(wanted) :]
     seq_len = resolve_seq_len(config.calibration.seq_len, skeleton.max_seq_len)
     datasets = _eval_datasets(config)
     calibration = config.calibration.dataset or (str(DEMO / "calibration.txt") if config.model_name is None else "c4")
     for dataset in (calibration, *datasets):
         check_dataset(dataset)
-    bits = _file_bits(linears, skeleton, source)
-    return RunPlan(linears, calibration, seq_len, datasets, bits, tuple(_warnings(config, linears)))
+    bits = _file_bits(planned, skeleton, source)
+    return RunPlan(linears, ends, calibration, seq_len, datasets, bits, tuple(_warnings(config, linears)))
 
 
-def _plan_linears(
-    common: LinearConfig, skeleton: Skeleton, settings: Mapping[str, LinearConfig], fold: Fold | None
-) -> tuple[LinearPlan, ...]:
+def _plan_linears(wanted: list[End], skeleton: Skeleton) -> tuple[LinearPlan, ...]:
     plans, faults = [], []
     float_bits = skeleton.dtype.itemsize * 8
     owners: dict[str, str] = {}  # the first linear with a shared codebook stores it
-    for info in skeleton.linears():
-        config = settings.get(info.name, common)
-        config = fold.remaining(info.name, config) if fold is not None else config
+    for end in wanted:
+        info, config = end.info, end.config
         geometry, reasons = plan_geometry(info.out_features, info.in_features, config)
         faults += [f"{info.name} ({info.out_features}x{info.in_features}): {reason}" for reason in reasons]
         if geometry is not None:
             owner = owners.setdefault(codebook_name(config), info.name) if config.is_shared else info.name
             shared_of = "" if owner == info.name else owner
+            layer = replace(LayerConfig.of(config, geometry, info.has_bias, shared_of), weight_of=end.weight_of)
             bits = linear_bits(info.name, config, geometry, float_bits, shared_of)
-            plans.append(LinearPlan(info, config, LayerConfig.of(config, geometry, info.has_bias, shared_of), bits))
+            if end.weight_of:  # stored once, counted once
+                layer, bits = replace(layer, codebook_of=""), LinearBits(info.name, 0, dict.fromkeys(ITEMS, 0))
+            plans.append(LinearPlan(info, config, layer, bits))
     if faults:
         count = len({fault.split(" ")[0] for fault in faults})
         raise UsageError(

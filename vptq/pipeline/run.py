@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vptq.bits import checkpoint_bits
 from vptq.calibration.hessian import Hessian
 from vptq.calibration.hessian_store import HessianStore, label_of
-from vptq.checkpoint.reader import DequantizedSource, is_packed, packed_tensors
-from vptq.checkpoint.writer import write_dequantized, write_packed
+from vptq.checkpoint.reader import is_packed
 from vptq.config import QuantConfig
 from vptq.data import TokenSequences, calibration_sequences, load_tokenizer
 from vptq.errors import UsageError
@@ -27,8 +27,7 @@ from vptq.models.device import forced_dtype, resolve_device
 from vptq.models.files import save_json
 from vptq.models.headers import fingerprint, folder_bytes
 from vptq.models.runner import BlockRunner
-from vptq.models.stream import FolderSource, TensorSource
-from vptq.nn.reference import dequantize_packed
+from vptq.models.stream import TensorSource
 from vptq.pipeline.calibrate import Calibrator
 from vptq.pipeline.codebooks import codebook_file, prepare_codebooks
 from vptq.pipeline.cost import fisher_units, forward_units, hessian_units, linear_units
@@ -38,6 +37,7 @@ from vptq.pipeline.job import FREE_ON_RESUME, Job, check_resume
 from vptq.pipeline.outcome import RunResult, finished_result
 from vptq.pipeline.plan import LinearPlan, RunPlan, check_disk
 from vptq.pipeline.progress import Progress, Silent
+from vptq.pipeline.results import Results
 from vptq.pipeline.settle import TOKEN_WEIGHTS, Context, first_plan, run_notes, settle
 from vptq.pipeline.task import LinearTask, Moments
 from vptq.pipeline.workers import check_workers, make_executor
@@ -104,8 +104,8 @@ class _Run:
         hessian_path = config.calibration.hessian_path
         self.store = HessianStore(Path(hessian_path).expanduser(), self.fingerprint) if hessian_path else None
         self.kept = self._find_kept_hessians()
-        done = {linear.name for linear in self.plan.linears if job and job.figures(linear.name) is not None}
-        self.todo = [linear for linear in self.plan.linears if linear.name not in done]
+        done = {linear.name for linear in self.plan.everything if job and job.figures(linear.name) is not None}
+        self.todo = [linear for linear in self.plan.everything if linear.name not in done and not linear.layer.weight_of]
         self.tokens = self._calibration_tokens()
         self.windows = self._evaluation_windows()
         self._check_disk(job)
@@ -139,7 +139,10 @@ class _Run:
     @property
     def last_forward_block(self) -> int:
         """The last block whose inputs are needed: some linear of it has no Hessian yet. -1 if none."""
-        return max((linear.info.block for linear in self.todo if linear.name not in self.kept), default=-1)
+        if any(linear in self.plan.ends and self._served_head(linear) for linear in self.todo):
+            return len(self.skeleton.blocks) - 1
+        todo = [linear for linear in self.todo if linear not in self.plan.ends]
+        return max((linear.info.block for linear in todo if linear.name not in self.kept), default=-1)
 
     def _calibration_tokens(self) -> TokenSequences | None:
         if self.last_forward_block < 0:
@@ -190,7 +193,7 @@ class _Run:
         finally:
             self.executor.close()
             self.source.close()
-        self._write_checkpoints()
+        self._results().write(self.config, self.progress)
         perplexities = self._evaluate()
         return self._conclude(perplexities)
 
@@ -203,7 +206,7 @@ class _Run:
         for text in run_notes(self.slow, self.fold, kept, len(self.kept), self.tokens):
             self.progress.note(text)
             self.job.log(text)
-        total = sum(linear_units(linear) for linear in self.plan.linears)
+        total = sum(linear_units(linear) for linear in self.plan.everything)
         done = total - sum(linear_units(linear) for linear in self.todo)
         for block in range(self.last_forward_block + 1):
             total += self._forward_units(block) * (1 if self.config.bits is None else 2)
@@ -232,7 +235,7 @@ class _Run:
             context = Context(self.config, *parts, self.job, self.progress, self.fold)
             self.plan, weights = settle(context, self.plan)
             left = {linear.name for linear in self.todo}
-            self.todo = [linear for linear in self.plan.linears if linear.name in left]
+            self.todo = [linear for linear in self.plan.everything if linear.name in left]
         self.weights = weights
         names = [linear.name for linear in self.plan.linears]
         prepare_codebooks(self.job.codebooks, [linear.config for linear in self.todo], self.device, self.source, names)
@@ -243,7 +246,7 @@ class _Run:
         calibrator = None
         if context is not None:
             self.progress.phase("calibrating")
-            quantized = self._quantized_source() if self.config.calibration.sequential else None
+            quantized = self._results().source() if self.config.calibration.sequential else None
             calibrator = context.calibrator(self.weights, quantized)
         for block in range(len(self.skeleton.blocks)):
             fresh: list[Hessian] = []
@@ -253,12 +256,27 @@ class _Run:
             self._quantize_block(block, fresh)
             if calibrator is not None and block < self.last_forward_block:
                 calibrator.follow(block)
+        self._quantize_ends(calibrator)
         if calibrator is not None:
             calibrator.close()
 
-    def _quantized_source(self) -> DequantizedSource:
-        layers = {linear.name: linear.layer for linear in self.plan.linears}
-        return DequantizedSource(self.source, layers, self._packed, self.skeleton.dtype)
+    def _quantize_ends(self, calibrator: Calibrator | None) -> None:
+        """Embeddings, in which every error counts alike, and what serves as head, by what goes into it."""
+        for linear in [linear for linear in self.todo if linear in self.plan.ends]:
+            self.progress.phase(f"{linear.name}: quantizing")
+            head = self._served_head(linear)
+            alike = torch.eye(linear.info.in_features)
+            hessian = calibrator.head(head) if head and calibrator is not None else alike
+            self._execute([linear], {linear.info.suffix: Moments(hessian)})
+
+    def _served_head(self, end: LinearPlan) -> str:
+        """The head that an end is or, tied, stands for; empty if neither."""
+        twins = [other.name for other in self.plan.ends if other.layer.weight_of == end.name]
+        info = self.skeleton.end("head")
+        return twins[0] if twins else end.name if info is not None and info.name == end.name else ""
+
+    def _results(self) -> Results:
+        return Results(self.job, self.skeleton, self.source, self.device, self.plan)
 
     def _run_block(self, calibrator: Calibrator, block: int) -> list[Hessian]:
         """Carry the states past a block; on the way, its Hessians where they are needed, kept where that is asked for."""
@@ -304,6 +322,9 @@ class _Run:
                 where=unseen,
                 hint="calibrate with more text (--nsamples, --dataset)",
             )
+        self._execute(todo, hessians)
+
+    def _execute(self, todo: list[LinearPlan], hessians: Mapping[str, Moments]) -> None:
         units = {linear.name: linear_units(linear) for linear in todo}
         for figures in self.executor.run([self._task(linear) for linear in todo], hessians):
             self.figures[figures["name"]] = figures
@@ -315,34 +336,10 @@ class _Run:
 
     # -- what comes out -------------------------------------------------------------------------------------------------
 
-    def _write_checkpoints(self) -> None:
-        layers = {linear.name: linear.layer for linear in self.plan.linears}
-        parameters = [name for name, _ in self.skeleton.model.named_parameters()]
-        packed, model = self.job.folder / "packed_model", self.job.folder / "model"
-        if self.config.save_packed_model and not packed.exists():
-            self.progress.phase("writing packed_model")
-            write_packed(packed, self.source, parameters, layers, ((name, self.job.tensors(name)) for name in layers))
-        if self.config.save_model and not model.exists():
-            self.progress.phase("writing model")
-            write_dequantized(model, self.source, parameters, list(layers), self._dequantized())
-
-    def _packed(self, name: str) -> dict[str, Tensor]:
-        """A finished linear's tensors, from its work file, or from the packed checkpoint once that has taken its place."""
-        layer = next(linear.layer for linear in self.plan.linears if linear.name == name)
-        if self.job.work_file(name).exists():
-            shared = {} if layer.stores_codebook else self.job.tensors(layer.codebook_of)
-            return self.job.tensors(name) | {key: shared[key] for key in shared if key in layer.codebook_shapes()}
-        return packed_tensors(FolderSource(self.job.folder / "packed_model", self.source.base_prefix), name, layer)
-
-    def _dequantized(self) -> Iterator[tuple[str, Tensor]]:
-        for linear in self.plan.linears:
-            tensors = {key: t.to(self.device) for key, t in self._packed(linear.name).items()}
-            yield linear.name, dequantize_packed(tensors, linear.layer, self.skeleton.dtype).cpu()
-
     def _evaluate(self) -> tuple[tuple[str, Perplexity, Perplexity], ...]:
         if not self.windows:
             return ()
-        quantized = self._quantized_source()
+        quantized = self._results().source()
         before = self._perplexities("original", self.skeleton.source())
         after = self._perplexities("quantized", quantized)
         return tuple((name, before[name], after[name]) for name in self.windows)
@@ -364,7 +361,7 @@ class _Run:
     def _conclude(self, perplexities: tuple[tuple[str, Perplexity, Perplexity], ...]) -> RunResult:
         packed = self.job.folder / "packed_model"
         bits = checkpoint_bits(packed) if packed.exists() else self.plan.bits
-        figures = tuple(self.figures[linear.name] for linear in self.plan.linears)
+        figures = tuple(self.figures[linear.name] for linear in self.plan.everything if linear.name in self.figures)
         if perplexities:
             results: dict[str, Any] = {f"ctx_{self.plan.seq_len}": {}}
             for name, before, after in perplexities:

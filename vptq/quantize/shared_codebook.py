@@ -194,7 +194,8 @@ def _report(groups: list[_Rows], error_sweep: float, error_refined: float | None
 
 def _collect(groups: list[_Rows], config: LinearConfig, geometry: Geometry, shared: Sequence[Codebook]) -> QuantizedWeight:
     """Groups below one another, columns in original order."""
-    codes = torch.cat([rows.codes[torch.argsort(rows.perm)] for rows in groups], 1)
+    along_out = geometry.vector_quant_dim == "out"  # else columns of codes are not columns of the weight, nor permuted
+    codes = torch.cat([rows.codes[torch.argsort(rows.perm)] if along_out else rows.codes for rows in groups], 1)
     residual = shared[1] if len(shared) > 1 else None
     return QuantizedWeight(
         geometry=geometry,
