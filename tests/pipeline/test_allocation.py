@@ -42,7 +42,7 @@ def test_bits_are_met_and_sensitive_linears_get_more(target):
     linears = infos(30)
     sensitivity = {info.name: 10.0 if info.suffix == "x0" else 0.1 for info in linears}
     found = allocate(linears, sensitivity, BASE, target, 16)
-    assert 0.985 * target < found.bits < 1.015 * target + 0.1  # these linears are small: the tables count
+    assert 0.985 * target < found.bits < 1.01 * target  # the tables counted: they weigh in linears as small as these
     rate = {name: config.trellis_bits / config.vector_len for name, config in found.settings.items()}
     mean = [sum(r for n, r in rate.items() if n.endswith(kind)) / 10 for kind in ("x0", "x1", "x2")]
     assert mean[0] > max(mean[1:])

@@ -71,19 +71,20 @@ def allocate(
         bits.append([stored for _, _, stored in fitting])
         losses.append([tempered[info.name] * error for _, error, _ in fitting])
     weights = sum(info.out_features * info.in_features for info in linears)
-    codebooks = len(usable) * base.num_centroids[1] * 2 * float_bits
-    budget = target * SLACK * weights - min(codebooks, 0.002 * target * weights)
-    least = sum(min(own) for own in bits)
+    budget, least = target * SLACK * weights, sum(min(own) for own in bits)
     if least > budget:
         raise UsageError(
             f"bits is {target:g}, but the lowest setting of every linear takes {least / weights:.3f} bits a weight",
             hint=f"set --bits {np.ceil(least / weights * 100) / 100:g} or more",
         )
-    chosen = _knapsack(bits, losses, budget)
-    settings = {info.name: own[c] for info, own, c in zip(linears, choices, chosen, strict=True)}
-    books = {codebook_name(config): config for config in settings.values()}
-    stored = sum(own[c] for own, c in zip(bits, chosen, strict=True))
-    stored += sum(config.num_centroids[1] * config.vector_len * float_bits for config in books.values())
+    room, stored = budget, np.inf
+    while stored > budget and room >= least:  # codebooks come on top, and which ones shows only then
+        chosen = _knapsack(bits, losses, room)
+        settings = {info.name: own[c] for info, own, c in zip(linears, choices, chosen, strict=True)}
+        books = {codebook_name(config): config for config in settings.values()}
+        stored = sum(own[c] for own, c in zip(bits, chosen, strict=True))
+        stored += sum(config.num_centroids[1] * config.vector_len * float_bits for config in books.values())
+        room -= max(stored - budget, 1)
     measured = {codebook_name(config): error for config, error in usable}
     loss = sum(sensitivity[name] * measured[codebook_name(config)] for name, config in settings.items())
     return Allocation(settings, stored / weights, loss)
