@@ -17,7 +17,7 @@ from vptq.pipeline.codebooks import SHIPPED, codebook_name, make_codebooks, ship
 from vptq.quantize.gaussian import mean_squared_error
 
 RATES = (1.0, 1.5, 2.0, 3.0, 4.0)
-SLOW = 1 << 14  # centroids or states that a CPU does not train in a minute
+SLOW, SLOW_STATES = 1 << 14, 1 << 10  # centroids, or states of a trellis, that a CPU does not train in a minute
 
 
 def setting(vector_len: int, num_centroids: int, trellis_bits: int = -1) -> LinearConfig:
@@ -56,7 +56,7 @@ def measure(config: LinearConfig, device: torch.device) -> float | None:
         shipped = f"{name}.main" in file.keys()  # noqa: SIM118 (not a dict)
         tables = {"main": file.get_tensor(f"{name}.main").float()} if shipped else None
     if tables is None:
-        if device.type == "cpu" and (config.num_centroids[1] >= SLOW or config.has_trellis):
+        if device.type == "cpu" and config.num_centroids[1] >= (SLOW_STATES if config.has_trellis else SLOW):
             return None
         tables = make_codebooks(config, device)
     return mean_squared_error(config, tables["main"].to(device))
