@@ -86,6 +86,8 @@ def plot(results: dict[str, dict[float, float]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for name, errors in results.items():
+        if not errors:
+            continue
         excess = [10 * torch.log10(torch.tensor(error * 4**rate)).item() for rate, error in errors.items()]
         axes.plot(list(errors), excess, marker="o", linestyle="--" if name.startswith("trellis") else "-", label=name)
     axes.axhline(0, color="black", linewidth=1)

@@ -2,6 +2,7 @@
 """A whole run, from files to packed checkpoint, on a Llama of any size with random weights.
 
     python -m benchmarks.quantize_model [--blocks 4] [--vector_len 6] [--num_centroids 4096] [--nsamples 128] [--seq_len 4096]
+    python -m benchmarks.quantize_model --bits 2
 
 The model is written block by block to --folder (32 blocks of LLaMA-2-7B: 13.5 GB; made once, used again). With fewer blocks
 than 32 the whole of 32 is told too: measured time of the blocks times 32 / blocks, plus what does not grow with them.
@@ -11,6 +12,7 @@ Random weights and random words calibrate a model as fast as real ones do; perpl
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import resource
@@ -25,12 +27,14 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
 from benchmarks.common import add_linear_arguments, default_device, describe, linear_config, measure_ceilings, show_table
-from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
+from vptq.config import LinearConfig, QuantConfig
 from vptq.models.architecture import DEMO
 from vptq.pipeline.progress import Silent
 from vptq.pipeline.run import quantize_model
+from vptq.recipe import RECIPE
 
 WHOLE = 32
+GROWING = ("calibrating", "quantizing", "gradients of the loss", "sensitivity of the linears")  # with the number of blocks
 
 
 class PhaseClock(Silent):
@@ -101,6 +105,7 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=32000)
     parser.add_argument("--blocks", type=int, default=4)
     add_linear_arguments(parser, vector_len=6, num_centroids=4096, ktol=LinearConfig().ktol)
+    parser.add_argument("--bits", type=float, help="the recipe of `vptq quantize --bits`, in place of settings of vectors")
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seq_len", type=int, default=4096)
     parser.add_argument("--num_gpus", type=int, default=1)
@@ -109,7 +114,12 @@ def main() -> None:
     print(describe(default_device()))
     print(
         f"{given.blocks} blocks, {given.hidden_size} wide, {given.intermediate_size} in, {given.nsamples} x {given.seq_len} "
-        f"tokens, vectors of {given.vector_len}, {given.num_centroids} + {max(given.num_res_centroids, 0)} centroids"
+        "tokens, "
+        + (
+            f"--bits {given.bits:g}"
+            if given.bits
+            else f"vectors of {given.vector_len}, {given.num_centroids} + {max(given.num_res_centroids, 0)} centroids"
+        )
     )
     shape = f"{given.hidden_size}-{given.intermediate_size}-{given.kv_heads}-{given.vocab_size}-{given.blocks}"
     model, text = given.folder / f"llama-{shape}", given.folder / f"words-{given.nsamples * given.seq_len}.txt"
@@ -129,25 +139,21 @@ def main() -> None:
 
 
 def run(given: argparse.Namespace, model: Path, text: Path) -> None:
-    linear = linear_config(given)
-    calibration = CalibrationConfig(dataset=str(text), nsamples=given.nsamples, seq_len=given.seq_len)
     clock = PhaseClock()
     with tempfile.TemporaryDirectory(dir=given.folder) as output:
         started = time.perf_counter()
-        config = QuantConfig(
-            model_name=str(model), output_dir=output, linear=linear, calibration=calibration, num_gpus=given.num_gpus
-        )
+        config = make_config(given, model, text, output)
         result = quantize_model(config, progress=clock)
         clock.phase("end")
         whole = time.perf_counter() - started
-    blocks = sum(clock.seconds.get(kind, 0.0) for kind in ("calibrating", "quantizing"))
+    blocks = sum(seconds for kind, seconds in clock.seconds.items() if kind in GROWING)
     rows = [[kind, f"{seconds:.1f}", f"{seconds / given.blocks:.2f}"] for kind, seconds in clock.seconds.items()]
     rows.append(["all", f"{whole:.1f}", f"{whole / given.blocks:.2f}"])
     show_table(["phase", "seconds", "a block"], rows)
     iterations = [count for figures in result.figures for count in figures["kmeans_iterations"]]
-    print(
-        f"k-means iterations a codebook: {min(iterations)} to {max(iterations)}, mean {sum(iterations) / len(iterations):.0f}"
-    )
+    if iterations:
+        mean = sum(iterations) / len(iterations)
+        print(f"k-means iterations a codebook: {min(iterations)} to {max(iterations)}, mean {mean:.0f}")
     print(f"mean proxy error {sum(figures['error'] for figures in result.figures) / len(result.figures):.5f}")
     kinds: dict[str, list[float]] = {}
     for figures in result.figures:
@@ -158,11 +164,20 @@ def run(given: argparse.Namespace, model: Path, text: Path) -> None:
         ceilings = measure_ceilings(default_device())
         print(ceilings)
         print(f"GPU memory at most: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-        floor = block_floor(given, iterations, ceilings.matrix)
-        print(f"floor of a block: {floor:.2f} s of tensor-core time, {floor * given.blocks / blocks:.0%} of what it took")
+        if iterations:
+            floor = block_floor(given, iterations, ceilings.matrix)
+            print(f"floor of a block: {floor:.2f} s of tensor-core time, {floor * given.blocks / blocks:.0%} of what it took")
     print(f"main memory at most: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     if given.blocks < WHOLE:
         print(f"{WHOLE} blocks by multiplication: {(whole - blocks + blocks / given.blocks * WHOLE) / 60:.1f} minutes")
+
+
+def make_config(given: argparse.Namespace, model: Path, text: Path, output: str) -> QuantConfig:
+    calibration = {"dataset": str(text), "nsamples": given.nsamples, "seq_len": given.seq_len}
+    common = {"model_name": str(model), "output_dir": output, "num_gpus": given.num_gpus, **calibration}
+    if given.bits:
+        return QuantConfig.from_flat(RECIPE | common | {"bits": given.bits})
+    return dataclasses.replace(QuantConfig.from_flat(common), linear=linear_config(given))
 
 
 def block_floor(given: argparse.Namespace, iterations: list[int], rate: float) -> float:

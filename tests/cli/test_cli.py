@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from vptq.cli.main import main
-from vptq.cli.options import field_types, merge_settings, normalise_flags
+from vptq.cli.options import field_types, merge_settings, normalise_flags, with_defaults
 from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
 from vptq.models.headers import read_headers
 
@@ -263,7 +263,48 @@ def test_internal_fault_exits_1_without_a_traceback(capsys, monkeypatch):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_configs_in_the_repository_are_valid(path):
-    QuantConfig.from_flat(merge_settings({}, str(path))).validate()
+    QuantConfig.from_flat(with_defaults(merge_settings({}, str(path)))).validate()
+
+
+def test_bits_take_the_recipe_and_refuse_vectors_of_their_own(capsys, tiny_llama, text_file, tmp_path):
+    code, _, err = quantize(capsys, tiny_llama, text_file, tmp_path, "--bits", "2.5")
+    assert code == 2 and "bits chooses the settings of vectors" in err and "vector_lens" in err
+    assert (
+        with_defaults({"bits": 3})["trellis_bits"] == 2 and with_defaults({"bits": 3, "hessian": "input"})["hessian"] == "input"
+    )
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--trellis_bits", "2"], "trellis_bits needs codebook_scope shared"),
+        (["--codebook_scope", "shared", "--enable_norm"], "leave out enable_norm"),
+        (["--codebook_scope", "shared", "--npercent", "1", "--group_num", "2"], "takes no outliers"),
+        (["--codebook_scope", "shared", "--trellis_bits", "4"], "fewer than the bits of an index"),
+        (["--rotation_sides", "in"], "rotation_sides goes with rotation hadamard"),
+        (["--beam", "4"], "beam needs a residual stage"),
+        (["--drift_frac", "0.5"], "drift_frac goes with sequential"),
+        (["--hessian", "fisher", "--hessian_path", "h"], "hessian_path keeps Hessians of the inputs alone"),
+        (["--rotation", "spin"], "rotation is 'spin', must be one of none, hadamard"),
+        (["--fold"], "fold goes with rotation hadamard"),
+        (["--embed_bits", "7"], "embed_bits is 7"),
+        (["--sensitivity_path", "s.json"], "sensitivity_path goes with bits"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(capsys, tiny_llama, text_file, tmp_path, words, said):
+    code, _, err = quantize(capsys, tiny_llama, text_file, tmp_path, *words)
+    assert code == 2 and said in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_kl_compares_and_names_what_is_missing(capsys, tiny_llama, text_file, tmp_path):
+    words = ["--original", tiny_llama, "--model_name", tiny_llama, "--dataset", text_file, "--seq_len", "64", "--limit", "2"]
+    code, out, _ = run(capsys, "eval-kl", *words, "--cache_dir", tmp_path, "--device", "cpu")
+    assert code == 0 and "mean KL" in out and "100.00 %" in out
+    code, out, _ = run(capsys, "eval-kl", *words, "--cache_dir", tmp_path, "--device", "cpu", "--json", "-")
+    assert json.loads(out)["results"][0]["same_top1"] == 1
+    code, _, err = run(capsys, "eval-kl", "--original", tiny_llama)
+    assert code == 2 and "--model_name is missing" in err
 
 
 def test_table_8_gives_the_bits_in_its_name(capsys):
