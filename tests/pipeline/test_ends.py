@@ -98,10 +98,20 @@ def test_stopped_and_resumed_gives_the_same_bytes(after, untied, text_file, tmp_
 
 
 def test_head_is_measured_by_what_goes_into_it(untied, text_file, tmp_path):
-    """Of the same form as the embeddings, it comes out otherwise than by a metric in which all inputs count alike."""
+    """tr(W H Wᵀ) with H taken from the whole model's last hidden states."""
+    import transformers
+
+    from vptq.data import calibration_sequences, load_tokenizer
+
     result = quantize_model(config_of(untied, text_file, tmp_path, head_bits=2))
     found = next(f for f in result.figures if f["name"] == "lm_head")
-    assert 0 < found["error"] < 0.12  # 4 dimensions at 2 bits leave 0.097 of a Gaussian; feedback takes some off
+    tokens = calibration_sequences(str(text_file), load_tokenizer(untied), nsamples=4, seq_len=64, seed=0).tokens
+    model = transformers.AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32)
+    with torch.no_grad():
+        inputs = model.model(tokens).last_hidden_state.flatten(0, 1)
+        outputs = inputs @ model.lm_head.weight.T
+    assert found["weight"] == pytest.approx(outputs.square().sum().item() / len(inputs), rel=1e-3)
+    assert 0 < found["error"] < 0.12  # 4 dimensions at 2 bits leave 0.097 of a Gaussian
 
 
 def test_two_sizes_for_one_matrix_are_refused(tiny_llama, text_file, tmp_path):

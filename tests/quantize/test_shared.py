@@ -192,3 +192,24 @@ def test_refitted_centroids_are_the_least_squares_ones(generator):
     slope = decoder.adjoint((task.weight - found.swept.quantized) @ metric)
     before = decoder.adjoint((task.weight - swept.quantized) @ metric)
     assert slope.norm() < 1e-3 * before.norm()
+
+
+@pytest.mark.parametrize("case", ["trellis", "residual"])
+def test_blocksize_changes_the_speed_not_the_answer(case, books, generator):
+    weight, hessian = problem(128, 40, generator)
+    errors = [
+        quantize_linear(weight, hessian, shared(**CASES[case], refine_iters=1, blocksize=size), shared=books_of(
+            shared(**CASES[case]), books))[1]
+        for size in (8, 128)
+    ]  # fmt: skip
+    assert errors[0].error_sweep == pytest.approx(errors[1].error_sweep, rel=1e-3)
+    assert errors[0].error_refined == pytest.approx(errors[1].error_refined, rel=1e-3)
+
+
+def test_a_scale_that_makes_it_worse_is_not_kept(books, generator, monkeypatch):
+    monkeypatch.setattr("vptq.quantize.shared_codebook._best_scale", lambda rows: rows.scale.double() * 2)
+    weight, hessian = problem(128, 40, generator)
+    config = shared(refine_iters=2)
+    quantized, report = quantize_linear(weight, hessian, config, shared=books_of(config, books))
+    assert report.error_refined <= report.error_sweep
+    assert report.error == pytest.approx(proxy_error(weight, quantized.dequantize(), hessian), rel=1e-3)

@@ -1,0 +1,76 @@
+"""What is stored of a trellis gives back what was chosen; the format is what docs/format.md says."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.conftest import problem
+from vptq.checkpoint.names import to_tensors
+from vptq.config import LinearConfig
+from vptq.geometry import plan_geometry
+from vptq.layer_config import LayerConfig
+from vptq.nn.reference import dequantize_packed
+from vptq.nn.rings import pack_rings, unpack_rings
+from vptq.quantize.codebook import store_codebook
+from vptq.quantize.linear import quantize_linear
+
+BASE = {"rotation": "hadamard", "codebook_scope": "shared"}
+CASES = {
+    "trellis": {"vector_lens": (-1, 1), "num_centroids": (-1, 64), "trellis_bits": 2},
+    "trellis of pairs": {"vector_lens": (-1, 2), "num_centroids": (-1, 64), "trellis_bits": 3},
+    "5 of 11 bits": {"vector_lens": (-1, 1), "num_centroids": (-1, 2048), "trellis_bits": 5, "scale_scope": "row"},
+    "vectors": {"vector_lens": (-1, 4), "num_centroids": (-1, 16), "row_groups": 2},
+    "residual": {"vector_lens": (-1, 4), "num_centroids": (-1, 16), "num_res_centroids": (-1, 8)},
+    "inputs only": {"vector_lens": (-1, 4), "num_centroids": (-1, 16), "rotation_sides": "in"},
+    "rows": {"vector_lens": (-1, 4), "num_centroids": (-1, 16), "vector_quant_dim": "in", "enable_perm": False},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("shape", [(384, 24), (150, 22)])
+def test_packed_weight_is_the_quantized_one(case, shape, generator):
+    config = LinearConfig(**BASE | CASES[case])
+    assert config.faults() == []
+    geometry, faults = plan_geometry(*shape, config)
+    assert not faults
+    stages = [torch.randn(config.num_centroids[1], config.vector_len, generator=generator)]
+    if config.has_residual:
+        stages.append(torch.randn(config.num_res_centroids[1], config.vector_len, generator=generator) / 4)
+    books = tuple(store_codebook(table[None], 16, 16, torch.float16) for table in stages)
+    quantized, _ = quantize_linear(*problem(*shape, generator), config, shared=books)
+    layer = LayerConfig.of(config, geometry, bias=False)
+    tensors = to_tensors(quantized, layer, torch.float16)
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == {n: s for n, (s, _) in layer.tensor_shapes().items()}
+    found = dequantize_packed(tensors, layer, torch.float32)
+    torch.testing.assert_close(found, quantized.dequantize(), rtol=1e-5, atol=1e-5)
+    assert LayerConfig.from_dict("x", layer.to_dict()) == layer
+
+
+def test_bits_lie_where_the_format_says(generator):
+    """Window of L bits that ends with vector t's own, in a ring, read bit by bit."""
+    config = LinearConfig(**BASE | CASES["5 of 11 bits"])
+    geometry, _ = plan_geometry(384, 3, config)
+    layer = LayerConfig.of(config, geometry, bias=False)
+    words = torch.randint(-(2**31), 2**31, layer.tensor_shapes()["indices"][0], generator=generator, dtype=torch.int32)
+    states = unpack_rings(words, layer)
+    ring_len, rings = layer.ring_len, words.shape[0]
+    for ring, vector, column in [(0, 0, 0), (rings - 1, 1, 2), (0, ring_len - 1, 1), (rings - 1, 40, 0)]:
+        stream = [(int(words[ring, w, column]) >> bit) & 1 for w in range(words.shape[1]) for bit in range(32)]
+        last = (vector + 1) * 5
+        window = [stream[(last - 11 + i) % (ring_len * 5)] for i in range(11)]
+        expected = sum(bit << i for i, bit in enumerate(window))
+        assert int(states[ring * ring_len + vector, column]) == expected
+    assert torch.equal(pack_rings(states, layer), words)
+
+
+def test_damaged_settings_are_refused():
+    from vptq.errors import CheckpointError
+
+    config = LinearConfig(**BASE | CASES["trellis"])
+    geometry, _ = plan_geometry(384, 24, config)
+    layer = LayerConfig.of(config, geometry, bias=False)
+    for change in ({"rotation": "fourier"}, {"ring_len": 31}, {"ring_len": 0}, {"num_scales": 7}, {"trellis_bits": 9},
+                   {"row_groups": 5}, {"rotation_sides": "up"}):  # fmt: skip
+        with pytest.raises(CheckpointError, match="does not fit together"):
+            LayerConfig.from_dict("x", dataclasses.replace(layer, **change).to_dict())
