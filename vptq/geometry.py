@@ -145,13 +145,22 @@ def _checked(
 
 
 def _row_groups(out_features: int, config: LinearConfig) -> int:
-    """The most groups, up to those asked for, that are whole, leave no padding between them, and are not too small."""
-    unit = config.vector_len * (RING_UNIT if config.has_trellis else 1)
+    """The most groups, up to those asked for, that are whole, leave no padding between them, and are not too small.
+
+    For a trellis of any vector length up to that of the ladder the same, so that every rung has the same groups.
+    """
+    lengths = {1, 2, config.vector_len} if config.has_trellis else {config.vector_len}
     for groups in range(config.row_groups, 1, -1):
         rows, rest = divmod(out_features, groups)
-        if not rest and rows % unit == 0 and rows >= SMALLEST_ROW_GROUP:
+        if not rest and rows >= SMALLEST_ROW_GROUP and all(_fits(rows, v, config.has_trellis) for v in lengths):
             return groups
     return 1
+
+
+def _fits(rows: int, vector_len: int, trellis: bool) -> bool:
+    """Whether rows are whole vectors, and with a trellis whole rings, without padding."""
+    vectors, rest = divmod(rows, vector_len)
+    return not rest and not (trellis and vectors % _ring_length(vectors))
 
 
 def _ring_length(rows: int) -> int:

@@ -29,6 +29,7 @@ RECIPE: dict[str, Any] = {  # what --bits is, where no flag says otherwise
     "hessian": "fisher",
     "sequential": True,
 }
+VECTOR_SETTINGS = ("vector_lens", "num_centroids", "num_res_centroids", "trellis_bits", "codebook_scope")  # that --bits chooses
 # (vector_len, num_centroids) of a head's or embedding's rows, by bits a weight
 ROWS = {2: (4, 256), 3: (4, 4096), 4: (2, 256), 5: (1, 32), 6: (1, 64), 8: (1, 256)}
 HUB_NAMES = ("wikitext2", "c4", "c4-new")  # datasets known by name

@@ -124,3 +124,31 @@ def test_weighted_linears_each_have_their_own(generator):
     rows = x.reshape(-1, 4)
     torch.testing.assert_close(found["q",][0], (rows * weights["q"][0, :, None]).T @ rows / 10)
     assert found["o",].shape == (3, 4, 4)
+
+
+class Experts(nn.Module):
+    """Sends tokens with a positive first element to one linear, the others to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.all = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        rows = x.reshape(-1, 4)
+        self.a(rows[rows[:, 0] > 0])
+        self.b(rows[rows[:, 0] <= 0])
+        return self.all(x)
+
+
+def test_experts_that_see_other_tokens_in_another_run_count_them_alike(generator):
+    block = Experts()
+    original, drifted = torch.randn(2, 1, 9, 4, generator=generator)
+    weights = {name: torch.rand(1, 9, generator=generator) for name in ("a", "b", "all")}
+    watcher = BlockHessians("blocks.0", weights, paired=True)
+    with watcher.watching(block), torch.no_grad():
+        block(original)
+        block(drifted)
+    found = {h.linears: h for h in watcher.collect()}
+    chosen = drifted.reshape(-1, 4)[drifted.reshape(-1, 4)[:, 0] > 0]
+    torch.testing.assert_close(found["a",].matrix[0], chosen.T @ chosen / len(chosen))
+    assert found["a",].drift.eq(0).all() and not found["all",].drift.eq(0).all()

@@ -214,7 +214,7 @@ def test_import_order_does_not_matter(plain):
 
 def test_open_source_dequantizes(plain):
     skeleton = load_skeleton(plain)
-    source = open_source(skeleton)
+    source = open_source(skeleton, torch.device("cpu"))
     weight = source.get("model.layers.0.mlp.up_proj.weight")
     assert weight.dtype == torch.float16 and weight.shape == (48, 32)
     assert source.has("model.embed_tokens.weight") and not source.has("model.layers.0.mlp.up_proj.nothing")

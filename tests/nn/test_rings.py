@@ -14,12 +14,14 @@ from vptq.nn.reference import dequantize_packed
 from vptq.nn.rings import pack_rings, unpack_rings
 from vptq.quantize.codebook import store_codebook
 from vptq.quantize.linear import quantize_linear
+from vptq.quantize.metric import proxy_error
 
 BASE = {"rotation": "hadamard", "codebook_scope": "shared"}
 CASES = {
     "trellis": {"vector_lens": (-1, 1), "num_centroids": (-1, 64), "trellis_bits": 2},
     "trellis of pairs": {"vector_lens": (-1, 2), "num_centroids": (-1, 64), "trellis_bits": 3},
     "5 of 11 bits": {"vector_lens": (-1, 1), "num_centroids": (-1, 2048), "trellis_bits": 5, "scale_scope": "row"},
+    "trellis in groups": {"vector_lens": (-1, 1), "num_centroids": (-1, 64), "trellis_bits": 2, "row_groups": 3},
     "vectors": {"vector_lens": (-1, 4), "num_centroids": (-1, 16), "row_groups": 2},
     "residual": {"vector_lens": (-1, 4), "num_centroids": (-1, 16), "num_res_centroids": (-1, 8)},
     "inputs only": {"vector_lens": (-1, 4), "num_centroids": (-1, 16), "rotation_sides": "in"},
@@ -28,7 +30,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("shape", [(384, 24), (150, 22)])
+@pytest.mark.parametrize("shape", [(384, 24), (150, 22), (832, 8)])
 def test_packed_weight_is_the_quantized_one(case, shape, generator):
     config = LinearConfig(**BASE | CASES[case])
     assert config.faults() == []
@@ -38,7 +40,9 @@ def test_packed_weight_is_the_quantized_one(case, shape, generator):
     if config.has_residual:
         stages.append(torch.randn(config.num_res_centroids[1], config.vector_len, generator=generator) / 4)
     books = tuple(store_codebook(table[None], 16, 16, torch.float16) for table in stages)
-    quantized, _ = quantize_linear(*problem(*shape, generator), config, shared=books)
+    weight, hessian = problem(*shape, generator)
+    quantized, report = quantize_linear(weight, hessian, config, shared=books)
+    assert report.error == pytest.approx(proxy_error(weight, quantized.dequantize(), hessian), rel=1e-3)
     layer = LayerConfig.of(config, geometry, bias=False)
     tensors = to_tensors(quantized, layer, torch.float16)
     assert {n: tuple(t.shape) for n, t in tensors.items()} == {n: s for n, (s, _) in layer.tensor_shapes().items()}
@@ -74,3 +78,22 @@ def test_damaged_settings_are_refused():
                    {"row_groups": 5}, {"rotation_sides": "up"}):  # fmt: skip
         with pytest.raises(CheckpointError, match="does not fit together"):
             LayerConfig.from_dict("x", dataclasses.replace(layer, **change).to_dict())
+
+
+@pytest.mark.parametrize("out_features", [832, 960, 3328, 8960, 11008, 13696, 18944])
+@pytest.mark.parametrize("row_groups", [2, 3, 4, 8])
+def test_groups_of_rows_are_whole_rings_and_the_same_on_every_rung(out_features, row_groups):
+    from vptq.config import QuantConfig
+    from vptq.pipeline.allocation import rungs
+    from vptq.recipe import RECIPE
+
+    base = dataclasses.replace(QuantConfig.from_flat(dict(RECIPE)).linear, row_groups=row_groups)
+    found = set()
+    for config in rungs(base):
+        geometry, faults = plan_geometry(out_features, 64, config)
+        assert not faults
+        found.add(geometry.row_groups)
+        if geometry.row_groups > 1:
+            assert out_features % (geometry.row_groups * geometry.ring_len * config.vector_len) == 0
+            assert geometry.of_row_group().group_grid[0] * geometry.row_groups == geometry.group_grid[0]
+    assert len(found) == 1

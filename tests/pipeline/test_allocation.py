@@ -70,13 +70,16 @@ def test_sensitivities_are_kept_and_belong_to_one_model(tmp_path):
     import json
 
     path = tmp_path / "s.json"
-    path.write_text(json.dumps(to_json({"a": 1.5}, "model-1", {"seq_len": 64})))
-    assert read_sensitivity(path, "model-1", ["a"]) == {"a": 1.5}
+    path.write_text(json.dumps(to_json({"a": 1.5}, "model-1", {"hessian": "fisher"}, {"seq_len": 64})))
+    same = {"hessian": "fisher"}
+    assert read_sensitivity(path, "model-1", same, ["a"]) == {"a": 1.5}
+    with pytest.raises(UsageError, match=r"other settings(.|\n)*measured with fisher, not input"):
+        read_sensitivity(path, "model-1", {"hessian": "input"}, ["a"])
     with pytest.raises(UsageError, match="another model"):
-        read_sensitivity(path, "model-2", ["a"])
+        read_sensitivity(path, "model-2", same, ["a"])
     with pytest.raises(UsageError, match="another model"):
-        read_sensitivity(path, "model-1", ["a", "b"])
+        read_sensitivity(path, "model-1", same, ["a", "b"])
     for damage in ("{", '{"format": "x"}', "[]"):
         path.write_text(damage)
         with pytest.raises(CheckpointError, match="can't be read"):
-            read_sensitivity(path, "model-1", ["a"])
+            read_sensitivity(path, "model-1", same, ["a"])

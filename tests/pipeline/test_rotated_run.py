@@ -9,6 +9,7 @@ import torch
 from tests.pipeline.test_run import Stop, config_of, packed_bytes
 from vptq.bits import checkpoint_bits
 from vptq.checkpoint.reader import load_quantized
+from vptq.cli.options import merge_settings, with_defaults
 from vptq.config import QuantConfig
 from vptq.errors import UsageError
 from vptq.pipeline.compare import compare_models
@@ -19,6 +20,7 @@ SHARED = {"rotation": "hadamard", "codebook_scope": "shared"}
 CASES = {
     "vectors": SHARED,
     "rotated, own": {"rotation": "hadamard"},
+    "own, fisher, sequential": {"hessian": "fisher", "sequential": True},
     "residual": SHARED | {"num_res_centroids": (-1, 8), "refine_iters": 1, "beam": 2},
     "8-bit codebook": SHARED | {"bitwidth": 8},
     "own weights": SHARED | {"codebook_source": "model", "row_groups": 2},
@@ -95,10 +97,12 @@ def small_ladder(monkeypatch):
 
 
 def test_bits_are_met_resumed_and_reused(tiny_llama, text_file, tmp_path, small_ladder):
-    kept = tmp_path / "sensitivity.json"
+    kept = tmp_path / "not there yet" / "sensitivity.json"
     settings = small_ladder | {"bits": 4.0, "sensitivity_path": str(kept)}
     whole = quantize_model(config_of(tiny_llama, text_file, tmp_path / "whole", **settings))
     assert whole.folder.parent.name == "4bits"
+    again = with_defaults(merge_settings({}, str(whole.folder / "config.yaml")))
+    assert QuantConfig.from_flat(again | {"num_centroids": [-1, 256]}).faults() == []
     chosen = json.loads((whole.folder / "allocation.json").read_text())
     assert len(chosen["settings"]) == 14 and len({tuple(v) for v in chosen["settings"].values()}) > 1
     stored = json.loads(kept.read_text())["sensitivity"]

@@ -77,3 +77,20 @@ def test_kernel_takes_no_rows_and_non_contiguous_ones(kernel_device):
 
 def test_odd_part():
     assert [odd_part(n) for n in (1, 12, 7, 4096)] == [(1, 1), (3, 4), (7, 1), (1, 4096)]
+
+
+def test_gradients_pass(kernel_device, generator):
+    rows = torch.randn(2, 64, generator=generator).to(kernel_device).requires_grad_()
+    rotation = Rotation(64, 0, "in")
+    target = torch.randn(2, 64, generator=generator).to(kernel_device)
+    (rotation.apply(rows) * target).sum().backward()
+    torch.testing.assert_close(rows.grad, rotation.undo(target))
+
+
+def test_what_is_kept_under_inference_mode_serves_training(generator):
+    rotation = Rotation(96, 7, "in")
+    with torch.inference_mode():
+        rotation.apply(torch.randn(2, 96, generator=generator))
+    rows = torch.randn(2, 96, generator=generator, requires_grad=True)
+    rotation.apply(rows).sum().backward()
+    assert rows.grad is not None

@@ -145,11 +145,12 @@ class BlockHessians:
         self._originals: dict[str, Tensor] = {}
         self._recording = False
         self._next_token: dict[str, int] = {}
+        self._batch_tokens = 0
 
     @contextlib.contextmanager
     def watching(self, block: nn.Module) -> Iterator[None]:
         """Accumulate while the block runs."""
-        handles = [block.register_forward_pre_hook(lambda *_: self._begin())]
+        handles = [block.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for suffix, module in block.named_modules():
             if isinstance(module, nn.Linear):
                 handles.append(module.register_forward_pre_hook(self._hook(suffix)))
@@ -161,7 +162,9 @@ class BlockHessians:
             self._seen.clear()
             self._originals.clear()
 
-    def _begin(self) -> None:
+    def _begin(self, _block: nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self._batch_tokens = hidden[..., 0].numel()
         self._seen.clear()
         self._recording = self.paired and not self._recording
         if self._recording:
@@ -192,14 +195,18 @@ class BlockHessians:
 
     def _add(self, suffix: str, inputs: Tensor) -> None:
         own = None if self.weights is None else self.weights[suffix]
+        originals = self._originals.get(suffix)
+        count = inputs[..., 0].numel()
         if suffix not in self._accumulators:
             groups = 0 if own is None else len(own)
             self._accumulators[suffix] = HessianAccumulator(inputs.shape[-1], inputs.device, groups, self.paired)
-        if own is not None:
+        if count != self._batch_tokens:  # an expert: another run may have given it other tokens, so none can be told apart
+            own, originals = None if own is None else torch.ones(len(own), count), None
+        elif own is not None:
             first = self._next_token.get(suffix, 0)
-            self._next_token[suffix] = first + inputs[..., 0].numel()
+            self._next_token[suffix] = first + count
             own = own[:, first : self._next_token[suffix]]
-        self._accumulators[suffix].add(inputs, own, self._originals.get(suffix))
+        self._accumulators[suffix].add(inputs, own, originals)
 
     def collect(self) -> list[Hessian]:
         """One Hessian for each distinct input. Empties the watcher.

@@ -46,7 +46,7 @@ class DequantizedSource:
     Args:
         base: gives all other tensors.
         layers: the quantized linears. stored: gives the packed tensors of one of them by its name.
-        dtype: float type that weights are rounded to, the model's own.
+        dtype: float type that weights are rounded to, the model's own. device: where they are dequantized.
     """
 
     def __init__(
@@ -55,8 +55,9 @@ class DequantizedSource:
         layers: Mapping[str, LayerConfig],
         stored: Callable[[str], dict[str, Tensor]],
         dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.base, self.layers, self.stored, self.dtype = base, layers, stored, dtype
+        self.base, self.layers, self.stored, self.dtype, self.device = base, layers, stored, dtype, device
 
     def has(self, name: str) -> bool:
         return name.removesuffix(".weight") in self.layers or self.base.has(name)
@@ -65,7 +66,8 @@ class DequantizedSource:
         linear = name.removesuffix(".weight")
         if linear != name and linear in self.layers:
             layer = self.layers[self.layers[linear].weight_of or linear]
-            return dequantize_packed(self.stored(linear), layer, self.dtype)
+            tensors = {key: tensor.to(self.device) for key, tensor in self.stored(linear).items()}
+            return dequantize_packed(tensors, layer, self.dtype)
         return self.base.get(name)
 
 
@@ -91,8 +93,8 @@ def check_packed(source: FolderSource, layers: Mapping[str, LayerConfig]) -> Non
         check_tensors(found, layer, linear)
 
 
-def open_source(skeleton: Skeleton) -> TensorSource:
-    """The weights of a model folder, dequantized where it is packed."""
+def open_source(skeleton: Skeleton, device: torch.device) -> TensorSource:
+    """The weights of a model folder, dequantized on `device` where it is packed."""
     source = skeleton.source()
     if not is_packed(skeleton.folder):
         check_weights(skeleton, source)
@@ -105,7 +107,7 @@ def open_source(skeleton: Skeleton) -> TensorSource:
         name = layers[name].weight_of or name
         return packed_tensors(source, name, layers[name])
 
-    return DequantizedSource(source, layers, stored, skeleton.dtype)
+    return DequantizedSource(source, layers, stored, skeleton.dtype, device)
 
 
 def load_quantized(

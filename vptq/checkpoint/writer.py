@@ -154,7 +154,7 @@ def _write_model(
         for name in source.entries:
             if name not in replaced:
                 own = own_names.get(name)
-                writer.add(own or name, source.get(own) if own else source.get_stored(name))
+                writer.add(own or name, source.get(own).cpu() if own else source.get_stored(name))
         for name, tensor in tensors:
             writer.add(name, tensor)
         writer.add_json("config.json", config)

@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
 from vptq.errors import UsageError
-from vptq.recipe import RECIPE
+from vptq.recipe import RECIPE, VECTOR_SETTINGS
 
 ALIASES = {"num_red_centroids": "num_res_centroids", "model": "model_name"}
 FORMS = "numbers as 8, pairs as -1 8 (in YAML [-1, 8]), booleans as True or False"
@@ -209,7 +209,7 @@ def with_defaults(given: dict[str, Any]) -> dict[str, Any]:
     The demo model is too small for 65536 centroids: without any vector setting it gets 256 of length 4 (2 bits).
     """
     if given.get("bits") is not None:
-        chosen = sorted({"vector_lens", "num_centroids", "num_res_centroids", "trellis_bits", "codebook_scope"} & set(given))
+        chosen = sorted(set(VECTOR_SETTINGS) & set(given))
         if chosen:
             raise UsageError("bits chooses the settings of vectors", where=chosen, hint="leave these out, or leave out bits")
         return RECIPE | given

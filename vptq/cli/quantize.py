@@ -70,9 +70,13 @@ def run(argv: Sequence[str]) -> int:
 def _absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     """Paths that hold wherever the run is resumed from; names of the hub stay names."""
     found = dict(given)
-    for name in ("model_name", "dataset", "eval_dataset", "hessian_path"):
+    for name in ("model_name", "dataset", "eval_dataset", "hessian_path", "sensitivity_path"):
         value = given.get(name)
-        if value is not None and value not in HUB_NAMES and (name == "hessian_path" or Path(value).expanduser().exists()):
+        if (
+            value is not None
+            and value not in HUB_NAMES
+            and (name in ("hessian_path", "sensitivity_path") or Path(value).expanduser().exists())
+        ):
             found[name] = str(Path(value).expanduser().absolute())
     return found
 

@@ -106,6 +106,10 @@ class VQuantLinear(nn.Module):
         if not self._owner:
             raise VptqError("this linear shares the codebook of another, which it was not given", hint="use share_codebook")
         shared = self._owner[0].stored_tensors()
+        if any(tensor.is_meta for tensor in shared.values()):
+            raise VptqError(
+                "the codebook that this linear shares is offloaded", hint="leave `cpu` and `disk` out of device_map"
+            )
         if self.layer_config.weight_of:
             return shared
         names = self.layer_config.codebook_shapes()
@@ -130,7 +134,7 @@ class VQuantLinear(nn.Module):
         if cached is not None and cached.device == x.device and cached.dtype == x.dtype:
             return cached
         with torch.no_grad():
-            stored = self.stored_tensors()
+            stored = {name: tensor.to(x.device) for name, tensor in self.stored_tensors().items()}
             weight = dequantize_rotated(stored, self.layer_config).to(_float_type(stored)).to(x.dtype)
         self._cached = weight if self.cache_weight else None
         return weight

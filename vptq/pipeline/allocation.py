@@ -153,22 +153,37 @@ def _rate(config: LinearConfig) -> float:
     return config.trellis_bits / config.vector_len
 
 
-def to_json(sensitivity: Mapping[str, float], fingerprint: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What --sensitivity_path keeps."""
-    return {"format": FORMAT, "fingerprint": fingerprint, "calibration": dict(facts), "sensitivity": dict(sensitivity)}
+def to_json(
+    sensitivity: Mapping[str, float], fingerprint: str, settings: Mapping[str, Any], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What --sensitivity_path keeps. settings: what the figures depend on; facts: the text, for the reader."""
+    found = {"format": FORMAT, "fingerprint": fingerprint, "settings": dict(settings), "calibration": dict(facts)}
+    return found | {"sensitivity": dict(sensitivity)}
 
 
-def read_sensitivity(path: Path, fingerprint: str, names: Sequence[str]) -> dict[str, float]:
-    """Sensitivities kept by an earlier run. Raises for a damaged file, or one of another model."""
+def read_sensitivity(path: Path, fingerprint: str, settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """Sensitivities kept by an earlier run. Raises for a damaged file, one of another model, or of other settings."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["format"] != FORMAT:
             raise KeyError("format")
         found = {name: float(value) for name, value in stored["sensitivity"].items()}
+        stored["settings"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"sensitivities in `{path}` can't be read", where=[repr(error)], hint="delete it; they are measured anew"
         ) from error
     if stored.get("fingerprint") != fingerprint or not set(names) <= set(found):
         raise UsageError(f"the sensitivities in `{path}` are of another model", hint="give another --sensitivity_path")
+    differ = [
+        f"{k}: measured with {stored['settings'].get(k)}, not {v}"
+        for k, v in settings.items()
+        if stored["settings"].get(k) != v
+    ]
+    if differ:
+        raise UsageError(
+            f"the sensitivities in `{path}` were measured with other settings",
+            where=differ,
+            hint="give another --sensitivity_path",
+        )
     return found

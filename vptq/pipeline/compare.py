@@ -53,7 +53,7 @@ def compare_models(
     skeletons = [load_skeleton(resolve_folder(m), trust_remote_code, forced_dtype(target)) for m in (original, quantized)]
     _check_alike(*skeletons)
     length = resolve_seq_len(seq_len, skeletons[0].max_seq_len)
-    sources = [open_source(skeleton) for skeleton in skeletons]
+    sources = [open_source(skeleton, target) for skeleton in skeletons]
     windows = load_windows(skeletons[0], names, seq_len=length, stride=None, limit=limit, trust_remote_code=trust_remote_code)
     dtypes = [forced_dtype(target) or skeleton.dtype for skeleton in skeletons]
     runners = [

@@ -43,7 +43,7 @@ def evaluate_model(
         check_dataset(name)
     skeleton = load_skeleton(resolve_folder(model_name), trust_remote_code, forced_dtype(target))
     seq_len = resolve_seq_len(seq_len, skeleton.max_seq_len)
-    source = open_source(skeleton)
+    source = open_source(skeleton, target)
     windows = load_windows(skeleton, names, seq_len=seq_len, stride=stride, limit=limit, trust_remote_code=trust_remote_code)
     runner = BlockRunner(skeleton, source, target, forced_dtype(target) or skeleton.dtype)
     progress.start(sum(progress_steps(runner, w) for w in windows.values()), 0)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from vptq.config import LinearConfig, QuantConfig
@@ -74,22 +75,26 @@ class Fold:
 
 
 class FoldedFolder(PrefetchingFolder):
-    """A model folder whose parameters come folded."""
+    """A model folder whose parameters come folded, on `device`, where that is done."""
 
-    def __init__(self, folder: Path, base_prefix: str = "", *, pin: bool = False, fold: Fold) -> None:
+    def __init__(self, folder: Path, base_prefix: str = "", *, pin: bool = False, fold: Fold, device: torch.device) -> None:
         super().__init__(folder, base_prefix, pin=pin)
-        self.fold = fold
+        self.fold, self.device = fold, device
 
     def get(self, name: str) -> Tensor:
-        """The folded parameter `name`, on the CPU, in its stored type."""
-        return self.fold.apply(name, super().get(name), super().get)
+        """The folded parameter `name`, in its stored type."""
+        return self.fold.apply(name, self._fetch(name), self._fetch)
+
+    def _fetch(self, name: str) -> Tensor:
+        return super().get(name).to(self.device, non_blocking=True)
 
 
-def open_folder(folder: Path, base_prefix: str, pin: bool, fold: Fold | None) -> PrefetchingFolder:
-    """The tensors of a model folder, folded where there is a fold."""
+def open_folder(folder: Path, base_prefix: str, fold: Fold | None, device: torch.device) -> PrefetchingFolder:
+    """The tensors of a model folder for work on `device`, folded where there is a fold."""
+    pin = device.type == "cuda"
     if fold is None:
         return PrefetchingFolder(folder, base_prefix, pin=pin)
-    return FoldedFolder(folder, base_prefix, pin=pin, fold=fold)
+    return FoldedFolder(folder, base_prefix, pin=pin, fold=fold, device=device)
 
 
 def choose_fold(config: QuantConfig, skeleton: Skeleton) -> Fold | None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from vptq.config import QuantConfig
 from vptq.errors import CheckpointError, UsageError
 from vptq.models.files import save_json, save_tensors, writing_to
+from vptq.recipe import VECTOR_SETTINGS
 
 JOB_VERSION = 1
 # What may differ on resume: where and with how many hands the work is done, not what comes out.
@@ -59,7 +60,10 @@ class Job:
         with writing_to(folder):
             job.work.mkdir()
             job.logs.mkdir()
-            resolved = config.to_flat() | {name: facts[name] for name in ("dataset", "seq_len")}
+            chosen = VECTOR_SETTINGS if config.bits is not None else ()  # by --bits, which refuses to be told
+            resolved = {k: v for k, v in config.to_flat().items() if k not in chosen} | {
+                name: facts[name] for name in ("dataset", "seq_len")
+            }
             (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
         job.save(finished=False)
         return job

@@ -29,7 +29,7 @@ class Results:
 
     def source(self) -> DequantizedSource:
         """The model's tensors, quantized linears dequantized."""
-        return DequantizedSource(self.original, self.layers, self.packed, self.skeleton.dtype)
+        return DequantizedSource(self.original, self.layers, self.packed, self.skeleton.dtype, self.device)
 
     def packed(self, name: str) -> dict[str, Tensor]:
         """A finished linear's tensors, from its work file, or from the packed checkpoint once that has taken its place."""
@@ -50,7 +50,7 @@ class Results:
             write_packed(packed, self.original, parameters, self.layers, tensors)
         if config.save_model and not model.exists():
             progress.phase("writing model")
-            write_dequantized(model, self.original, parameters, self.stored, self._dequantized())
+            write_dequantized(model, self.original, parameters, list(self.layers), self._dequantized())
 
     def _dequantized(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.stored:

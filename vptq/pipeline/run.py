@@ -24,7 +24,7 @@ from vptq.errors import UsageError
 from vptq.evaluation.perplexity import Perplexity, progress_steps, streamed_perplexity
 from vptq.models.architecture import Skeleton, load_skeleton, resolve_folder
 from vptq.models.device import forced_dtype, resolve_device
-from vptq.models.files import save_json
+from vptq.models.files import save_json, writing_to
 from vptq.models.headers import fingerprint, folder_bytes
 from vptq.models.runner import BlockRunner
 from vptq.models.stream import TensorSource
@@ -95,7 +95,7 @@ class _Run:
         if is_packed(folder):
             raise UsageError(f"`{folder}` is quantized already", hint="give the original model")
         self.fold = choose_fold(config, self.skeleton)
-        self.source = open_folder(folder, self.skeleton.source_prefix, self.device.type == "cuda", self.fold)
+        self.source = open_folder(folder, self.skeleton.source_prefix, self.fold, self.device)
         self.dtype = forced_dtype(self.device) or self.skeleton.dtype
         self.plan: RunPlan = first_plan(config, self.skeleton, self.source, job, self.fold)
         self.fingerprint = fingerprint(self.source.entries)
@@ -111,6 +111,10 @@ class _Run:
         self._check_disk(job)
         if self.store is not None:
             self.store.prepare()
+        if config.sensitivity_path:
+            folder = Path(config.sensitivity_path).expanduser().parent
+            with writing_to(folder):
+                folder.mkdir(parents=True, exist_ok=True)
         if job is None:
             job = Job.create(config, self.fingerprint, self._facts())
             job.lock()

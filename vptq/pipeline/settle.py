@@ -135,8 +135,9 @@ def _read_allocation(path: Path, base: LinearConfig) -> dict[str, LinearConfig]:
 def _sensitivity(context: Context, plan: RunPlan, absolute: Mapping[str, Tensor] | None) -> dict[str, float]:
     given = context.config.sensitivity_path
     path = Path(given).expanduser() if given else context.job.folder / "sensitivity.json"
+    settings = _measured_with(context)
     if path.exists():
-        return read_sensitivity(path, context.job.fingerprint, [linear.name for linear in plan.linears])
+        return read_sensitivity(path, context.job.fingerprint, settings, [linear.name for linear in plan.linears])
     context.progress.phase("sensitivity of the linears")
     weights = None if absolute is None else LossWeights(absolute, plan)
     calibrator = context.calibrator(weights)
@@ -149,5 +150,19 @@ def _sensitivity(context: Context, plan: RunPlan, absolute: Mapping[str, Tensor]
     means = weights.means if weights is not None else None
     found = measure_sensitivity(calibrator, plan, means, context.source, context.device, advance)
     calibrator.close()
-    save_json(path, to_json(found, context.job.fingerprint, context.job.facts))
+    save_json(path, to_json(found, context.job.fingerprint, settings, context.job.facts))
     return found
+
+
+def _measured_with(context: Context) -> dict[str, Any]:
+    """The settings that sensitivities depend on, beside model and text."""
+    linear = context.config.linear
+    return {
+        "hessian": context.config.calibration.hessian,
+        "percdamp": linear.percdamp,
+        "row_groups": linear.row_groups,
+        "rotation": linear.rotation,
+        "rotation_sides": linear.rotation_sides,
+        "rotation_seed": linear.rotation_seed,
+        "folded": context.fold is not None,
+    }

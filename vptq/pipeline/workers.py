@@ -145,7 +145,7 @@ def _start_worker(
         torch.set_num_threads(threads)
     job = Job.load(run_folder)
     job.log(f"worker {number} on {device}", number)
-    _worker.update(number=number, device=device, job=job, source=open_folder(model_folder, prefix, False, fold))
+    _worker.update(number=number, device=device, job=job, source=open_folder(model_folder, prefix, fold, device))
 
 
 def _run_in_worker(batch: list[LinearTask], files: Mapping[str, Path]) -> list[dict[str, Any]]:

@@ -117,6 +117,8 @@ def rotated(linear: LinearInput, config: LinearConfig, row_groups: int = 1) -> t
     weight, hessian = linear.weight.float(), linear.hessian.float()
     if linear.drift is not None:
         weight = undrifted(weight, hessian, linear.drift.float(), config.percdamp)
+    if hessian.ndim == 3 and row_groups == 1:
+        hessian = hessian[0]
     rotation = rotation_of(config, (weight.shape[0], weight.shape[1]), row_groups)
     return rotation.turn(weight).contiguous(), rotation.turn_metric(hessian).contiguous()
 

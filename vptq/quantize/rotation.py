@@ -101,14 +101,16 @@ NOT_ROTATED = LinearRotation(None, None)
 def random_signs(size: int, seed: int, side: Side, device: torch.device) -> Tensor:
     """(size,) float32 of ±1, from SHAKE-256 of seed, side and size. Not to be modified: it is kept."""
     drawn = hashlib.shake_256(f"vptq rotation {seed} {side} {size}".encode()).digest(size)
-    return (torch.frombuffer(bytearray(drawn), dtype=torch.uint8) & 1).float().mul_(2).sub_(1).to(device)
+    with torch.inference_mode(False):  # what is kept must serve training too
+        return (torch.frombuffer(bytearray(drawn), dtype=torch.uint8) & 1).float().mul_(2).sub_(1).to(device)
 
 
 def orthogonal_transform(rows: Tensor) -> Tensor:
     """K x for every row: (..., n) -> (..., n) in the same type, computed in float32 or wider. By kernel or plainly."""
     size = rows.shape[-1]
     odd, power = odd_part(size)
-    if power > 1 and rows.dtype != torch.float64 and use_kernels(rows.device):
+    learns = torch.is_grad_enabled() and rows.requires_grad  # the plain transform knows its gradient
+    if power > 1 and rows.dtype != torch.float64 and not learns and use_kernels(rows.device):
         from vptq.quantize.kernels.hadamard import LARGEST, hadamard_by_kernel
 
         if power <= LARGEST:
@@ -152,15 +154,17 @@ def _odd_factor(rows: Tensor, odd: int, power: int) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Sylvester's, over √size: (size, size), symmetric, orthogonal. size: a power of two. Not to be modified: it is kept."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (matrix / math.sqrt(size)).to(device, dtype)
+    with torch.inference_mode(False):
+        matrix = torch.ones(1, 1, dtype=torch.float64)
+        while len(matrix) < size:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        return (matrix / math.sqrt(size)).to(device, dtype)
 
 
 @functools.lru_cache(maxsize=64)
 def hartley_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """cos + sin of 2πij/size, over √size: (size, size), symmetric, orthogonal. Not to be modified: it is kept."""
-    steps = torch.arange(size, dtype=torch.int64)
-    angle = (steps[:, None] * steps[None, :] % size).double() * (2 * math.pi / size)
-    return ((angle.cos() + angle.sin()) / math.sqrt(size)).to(device, dtype)
+    with torch.inference_mode(False):
+        steps = torch.arange(size, dtype=torch.int64)
+        angle = (steps[:, None] * steps[None, :] % size).double() * (2 * math.pi / size)
+        return ((angle.cos() + angle.sin()) / math.sqrt(size)).to(device, dtype)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vptq.quantize.kernels.launch import num_programs
+from vptq.quantize.kernels.launch import current_device, num_programs
 
 LARGEST = 16384  # elements of a run
 
@@ -23,10 +23,11 @@ def hadamard_by_kernel(rows: Tensor, power: int) -> Tensor:
         width = 1 << power.bit_length() // 2  # of the wider axis
         wide, high = max(16, width), max(16, power // width)
         runs = max(1, 2048 // (wide * high))
-        _hadamard[(num_programs(len(flat), runs),)](
-            flat, result, flat.numel(), POWER=power, WIDTH=width, WIDE=wide, HIGH=high, RUNS=runs,
-            num_warps=4 if wide * high <= 4096 else 8,
-        )  # fmt: skip
+        with current_device(flat):
+            _hadamard[(num_programs(len(flat), runs),)](
+                flat, result, flat.numel(), POWER=power, WIDTH=width, WIDE=wide, HIGH=high, RUNS=runs,
+                num_warps=4 if wide * high <= 4096 else 8,
+            )  # fmt: skip
     return result.view(rows.shape)
 
 

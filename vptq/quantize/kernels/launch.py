@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from vptq.backend import interpreting
+
+
+def current_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Kernels are launched on the current device: make it that of a tensor (of any shape)."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def num_programs(size: int, block: int) -> int:

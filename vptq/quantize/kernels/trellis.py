@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vptq.quantize.kernels.launch import current_device
+
 
 def viterbi_by_kernel(
     sequences: Tensor, weights: Tensor | None, table: Tensor, state_bits: int, step_bits: int, seam: Tensor | None
@@ -19,12 +21,13 @@ def viterbi_by_kernel(
     reached = torch.empty(count, 2, overlaps, dtype=torch.float32, device=table.device)
     states = torch.empty(count, steps, dtype=torch.int32, device=table.device)
     own_weights = weights is not None and weights.ndim == 2
-    _viterbi[(count,)](
-        sequences.contiguous(), sequences if weights is None else weights.contiguous(), table.contiguous(),
-        sequences if seam is None else seam.int().contiguous(), came_from, reached, states, steps,
-        VECTOR_LEN=vector_len, STATE_BITS=state_bits, STEP_BITS=step_bits, WEIGHTED=weights is not None,
-        OWN_WEIGHTS=own_weights, HELD=seam is not None, num_warps=_warps(state_bits),
-    )  # fmt: skip
+    with current_device(table):
+        _viterbi[(count,)](
+            sequences.contiguous(), sequences if weights is None else weights.contiguous(), table.contiguous(),
+            sequences if seam is None else seam.int().contiguous(), came_from, reached, states, steps,
+            VECTOR_LEN=vector_len, STATE_BITS=state_bits, STEP_BITS=step_bits, WEIGHTED=weights is not None,
+            OWN_WEIGHTS=own_weights, HELD=seam is not None, num_warps=_warps(state_bits),
+        )  # fmt: skip
     return states
 
 
