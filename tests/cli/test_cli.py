@@ -51,6 +51,11 @@ def test_bits_of_the_worked_examples_to_the_digit(capsys):
     assert round(bits_json(capsys, "--model_name", "opt-125m", *V8_65536_256)["ideal_bits_per_weight"], 4) == 10.1389
 
 
+def test_bits_of_a_run_that_chooses_by_measuring_are_not_guessed(capsys):
+    code, out, err = run(capsys, "bits", "--config", next(p for p in CONFIGS if p.stem == "bits_2.5"))
+    assert code == 2 and not out and "shows when it is measured" in err
+
+
 def test_bits_items_add_up(capsys):
     words = ["--vector_lens", "4", "6", "--num_centroids", "4096", "4096", "--npercent", "1", "--group_num", "16"]
     found = bits_json(capsys, "--model_name", "llama-3-8b", *words)

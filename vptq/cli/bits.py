@@ -39,6 +39,11 @@ def run(argv: Sequence[str]) -> int:
     model_name = given.pop("model_name", None) if model_name is None else model_name
     if shape is not None and model_name is not None:
         raise UsageError("--shape and --model_name are two questions", hint="give one of them")
+    if given.get("bits") is not None:
+        raise UsageError(
+            f"a run with bits {given['bits']:g} stores that many a weight of its linears: what each gets shows when it is measured",
+            hint="count the checkpoint: vptq bits --model_name .../packed_model",
+        )
     demo = shape is None and model_name is None
     bits = _count(shape, model_name, with_defaults(given) if demo else given)
     if target is not None:

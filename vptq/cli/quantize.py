@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
   vptq quantize                                    the demo model in the package, offline
+  vptq quantize --model_name ./my-llama --dataset my_text.txt --bits 3 --eval_dataset wikitext2
   vptq quantize --model_name ./my-llama --dataset my_text.txt --vector_lens -1 8 --num_centroids -1 65536 \\
       --num_res_centroids -1 256 --eval_dataset wikitext2
   vptq quantize --model_name ./my-llama --config configs/table8_llama-2-7b_2.02bit.yaml
