@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError("--shape and --model_name are two questions", hint="give one of them")
     if given.get("bits") is not None:
         raise UsageError(
-            f"a run with bits {given['bits']:g} stores that many a weight of its linears: what each gets shows when it is measured",
+            f"a run with bits {given['bits']:g} stores so many a weight; what each linear gets shows when it is measured",
             hint="count the checkpoint: vptq bits --model_name .../packed_model",
         )
     demo = shape is None and model_name is None
