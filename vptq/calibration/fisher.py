@@ -104,16 +104,12 @@ class _GradientWatcher:
     @contextlib.contextmanager
     def watching(self, block: nn.Module) -> Iterator[None]:
         """Take down while the block runs."""
-        handles = []
-        for suffix, module in block.named_modules():
-            name = f"{self.block_name}.{suffix}"
-            if isinstance(module, nn.Linear) and name in self.found:
-                handles.append(module.register_forward_hook(self._hook(name)))
-        try:
+        with contextlib.ExitStack() as hooks:
+            for suffix, module in block.named_modules():
+                name = f"{self.block_name}.{suffix}"
+                if isinstance(module, nn.Linear) and name in self.found:
+                    hooks.enter_context(module.register_forward_hook(self._hook(name)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _hook(self, name: str) -> Callable:
         target = self.found[name]

@@ -87,10 +87,10 @@ def add_products(total: Tensor, left: Tensor, right: Tensor, divisor: Tensor | N
 
 def _in_type(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows of float32 times a power of two that brings them well inside a 16-bit type, and that power. (n, m) -> (n, m), ()."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return rows, rows.new_ones(())
     largest = rows.abs().amax().clamp_min(1e-30)
     power = torch.exp2(LARGEST_EXPONENT - torch.frexp(largest)[1].float())
-    if dtype not in (torch.float16, torch.bfloat16):
-        return rows, torch.ones_like(power)
     return (rows * power).to(torch.float16), power
 
 
@@ -150,17 +150,14 @@ class BlockHessians:
     @contextlib.contextmanager
     def watching(self, block: nn.Module) -> Iterator[None]:
         """Accumulate while the block runs."""
-        handles = [block.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        for suffix, module in block.named_modules():
-            if isinstance(module, nn.Linear):
-                handles.append(module.register_forward_pre_hook(self._hook(suffix)))
-        try:
+        with contextlib.ExitStack() as hooks:
+            hooks.callback(self._originals.clear)
+            hooks.callback(self._seen.clear)
+            hooks.enter_context(block.register_forward_pre_hook(self._begin, with_kwargs=True))
+            for suffix, module in block.named_modules():
+                if isinstance(module, nn.Linear):
+                    hooks.enter_context(module.register_forward_pre_hook(self._hook(suffix)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._seen.clear()
-            self._originals.clear()
 
     def _begin(self, _block: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -65,9 +65,9 @@ class DequantizedSource:
     def get(self, name: str) -> Tensor:
         linear = name.removesuffix(".weight")
         if linear != name and linear in self.layers:
-            layer = self.layers[self.layers[linear].weight_of or linear]
+            linear = self.layers[linear].weight_of or linear
             tensors = {key: tensor.to(self.device) for key, tensor in self.stored(linear).items()}
-            return dequantize_packed(tensors, layer, self.dtype)
+            return dequantize_packed(tensors, self.layers[linear], self.dtype)
         return self.base.get(name)
 
 
@@ -102,12 +102,7 @@ def open_source(skeleton: Skeleton, device: torch.device) -> TensorSource:
     layers = read_layers(skeleton.folder)
     check_weights(skeleton, source, quantized=layers)
     check_packed(source, layers)
-
-    def stored(name: str) -> dict[str, Tensor]:
-        name = layers[name].weight_of or name
-        return packed_tensors(source, name, layers[name])
-
-    return DequantizedSource(source, layers, stored, skeleton.dtype, device)
+    return DequantizedSource(source, layers, lambda name: packed_tensors(source, name, layers[name]), skeleton.dtype, device)
 
 
 def load_quantized(
@@ -136,10 +131,7 @@ def load_quantized(
     check_packed(source, layers)
     model = skeleton.model
     replace_linears(model, layers)
-    skipped = [name for name in tied_names(model) if not source.has(name)]
-    load_module(model, "", source, target, dtype or skeleton.dtype, skip=skipped)
-    model.tie_weights()
-    model.to(target)
+    fill_model(skeleton, source, target, dtype)
     model.config.quantization_config = read_config(folder)["quantization_config"]  # so that saving it again keeps it
     with contextlib.suppress(OSError):
         model.generation_config = _generation_config(folder)
@@ -147,6 +139,15 @@ def load_quantized(
         if hasattr(module, "set_cache"):
             module.set_cache(cache_weights)
     return model.eval()
+
+
+def fill_model(skeleton: Skeleton, source: TensorSource, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Read all weights of a skeleton's model at once, in place. dtype: its float type; None for the stored one."""
+    model = skeleton.model
+    skipped = [name for name in tied_names(model) if not source.has(name)]
+    load_module(model, "", source, device, dtype or skeleton.dtype, skip=skipped)
+    model.tie_weights()
+    model.to(device)
 
 
 def _generation_config(folder: Path) -> Any:

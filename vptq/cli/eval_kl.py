@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vptq.cli.options import make_parser, normalise_flags, positive
+from vptq.cli.options import add_result_flags, add_text_flags, make_parser, normalise_flags
 from vptq.cli.show import Bar, check_target, table, write_json
 from vptq.errors import UsageError
-from vptq.recipe import DEFAULT_SEQ_LEN
 
 EXAMPLES = """\
   vptq eval-kl --model_name outputs/demo/.../packed_model                the demo model, offline
@@ -21,25 +20,9 @@ def run(argv: Sequence[str]) -> int:
     parser = make_parser("eval-kl", text, EXAMPLES)
     parser.add_argument("--model_name", default=None, metavar="STR", help="the quantized model: folder or hub name")
     parser.add_argument("--original", default=None, metavar="STR", help="what it was quantized from (default: the demo model)")
-    parser.add_argument(
-        "--dataset",
-        nargs="+",
-        default=None,
-        metavar="STR",
-        help="wikitext2, c4, c4-new, or text or jsonl files or folders (default: wikitext2; demo model: its held-out text)",
-    )
-    parser.add_argument(
-        "--seq_len",
-        type=positive,
-        default=None,
-        metavar="INT",
-        help=f"context: tokens a window (default: {DEFAULT_SEQ_LEN}, or the model's if shorter)",
-    )
-    parser.add_argument("--limit", type=positive, default=None, metavar="INT", help="most windows (default: all)")
+    add_text_flags(parser)
     parser.add_argument("--cache_dir", default=None, metavar="DIR", help="keeps what the original computes, for the next time")
-    parser.add_argument("--device", default=None, metavar="STR", help="cuda, cuda:N or cpu (default: cuda where there is one)")
-    parser.add_argument("--json", default=None, metavar="FILE", help="write the figures as JSON (- for stdout)")
-    parser.add_argument("--trust_remote_code", action="store_true", default=False, help="let the model folder's own code run")
+    add_result_flags(parser)
     args = parser.parse_args(normalise_flags(argv))
     if args.model_name is None:
         raise UsageError("--model_name is missing", hint="give the quantized model, such as outputs/.../packed_model")

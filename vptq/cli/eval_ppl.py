@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vptq.cli.options import make_parser, normalise_flags, positive
+from vptq.cli.options import add_result_flags, add_text_flags, make_parser, normalise_flags, positive
 from vptq.cli.show import Bar, check_target, table, with_error, write_json
-from vptq.recipe import DEFAULT_SEQ_LEN
 
 EXAMPLES = """\
   vptq eval-ppl                                    the demo model on its held-out text, offline
@@ -19,20 +18,7 @@ def run(argv: Sequence[str]) -> int:
     """Measure perplexity as the words ask; returns the exit code."""
     parser = make_parser("eval-ppl", "Perplexity of an original, a dequantized or a packed model, block by block.", EXAMPLES)
     parser.add_argument("--model_name", default=None, metavar="STR", help="model folder or hub name (default: the demo model)")
-    parser.add_argument(
-        "--dataset",
-        nargs="+",
-        default=None,
-        metavar="STR",
-        help="wikitext2, c4, c4-new, or text or jsonl files or folders (default: wikitext2; demo model: its held-out text)",
-    )
-    parser.add_argument(
-        "--seq_len",
-        type=positive,
-        default=None,
-        metavar="INT",
-        help=f"context: tokens a window (default: {DEFAULT_SEQ_LEN}, or the model's if shorter)",
-    )
+    add_text_flags(parser)
     parser.add_argument(
         "--stride",
         type=positive,
@@ -40,10 +26,7 @@ def run(argv: Sequence[str]) -> int:
         metavar="INT",
         help="tokens between two windows; under --seq_len, only a window's last STRIDE tokens count (default: seq_len)",
     )
-    parser.add_argument("--limit", type=positive, default=None, metavar="INT", help="most windows (default: all)")
-    parser.add_argument("--device", default=None, metavar="STR", help="cuda, cuda:N or cpu (default: cuda where there is one)")
-    parser.add_argument("--json", default=None, metavar="FILE", help="write the figures as JSON (- for stdout)")
-    parser.add_argument("--trust_remote_code", action="store_true", default=False, help="let the model folder's own code run")
+    add_result_flags(parser)
     args = parser.parse_args(normalise_flags(argv))
     check_target(args.json)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vptq.cli.options import make_parser, normalise_flags, positive
+from vptq.cli.options import add_result_flags, make_parser, normalise_flags, positive
 from vptq.cli.show import check_target, table, write_json
 
 DEFAULT_TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande")
@@ -28,9 +28,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--num_fewshot", type=int, default=0, metavar="INT", help="examples before each question (default: 0)")
     parser.add_argument("--limit", type=positive, default=None, metavar="INT", help="most questions a task (default: all)")
     parser.add_argument("--batch_size", type=positive, default=8, metavar="INT", help="questions at a time (default: 8)")
-    parser.add_argument("--device", default=None, metavar="STR", help="cuda, cuda:N or cpu (default: cuda where there is one)")
-    parser.add_argument("--json", default=None, metavar="FILE", help="write the figures as JSON (- for stdout)")
-    parser.add_argument("--trust_remote_code", action="store_true", default=False, help="let the model folder's own code run")
+    add_result_flags(parser)
     args = parser.parse_args(normalise_flags(argv))
     check_target(args.json)
 

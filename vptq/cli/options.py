@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
 from vptq.errors import UsageError
-from vptq.recipe import RECIPE, VECTOR_SETTINGS
+from vptq.recipe import DEFAULT_SEQ_LEN, RECIPE, VECTOR_SETTINGS
 
 ALIASES = {"num_red_centroids": "num_res_centroids", "model": "model_name"}
 FORMS = "numbers as 8, pairs as -1 8 (in YAML [-1, 8]), booleans as True or False"
@@ -80,6 +80,32 @@ def add_fields(parser: argparse.ArgumentParser, *kinds: type) -> None:
             if group not in groups:
                 groups[group] = parser.add_argument_group(GROUP_TITLES[group])
             groups[group].add_argument(f"--{f.name}", **_argument(f, hints[f.name]))
+
+
+def add_text_flags(parser: argparse.ArgumentParser) -> None:
+    """What a model is evaluated on, and in what windows."""
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        default=None,
+        metavar="STR",
+        help="wikitext2, c4, c4-new, or text or jsonl files or folders (default: wikitext2; demo model: its held-out text)",
+    )
+    parser.add_argument(
+        "--seq_len",
+        type=positive,
+        default=None,
+        metavar="INT",
+        help=f"context: tokens a window (default: {DEFAULT_SEQ_LEN}, or the model's if shorter)",
+    )
+    parser.add_argument("--limit", type=positive, default=None, metavar="INT", help="most windows (default: all)")
+
+
+def add_result_flags(parser: argparse.ArgumentParser) -> None:
+    """Where an evaluation runs, and where its figures go."""
+    parser.add_argument("--device", default=None, metavar="STR", help="cuda, cuda:N or cpu (default: cuda where there is one)")
+    parser.add_argument("--json", default=None, metavar="FILE", help="write the figures as JSON (- for stdout)")
+    parser.add_argument("--trust_remote_code", action="store_true", default=False, help="let the model folder's own code run")
 
 
 def _argument(f: dataclasses.Field, hint: Any) -> dict[str, Any]:

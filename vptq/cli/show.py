@@ -6,12 +6,12 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vptq.bits import ITEMS, ModelBits
 from vptq.errors import UsageError
+from vptq.pipeline.progress import table
 
 ITEM_NAMES = {
     "indices": "indices",
@@ -25,16 +25,6 @@ ITEM_NAMES = {
     "perm": "column order (perm)",
     "scale_and_offset": "scale and offset",
 }
-
-
-def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Rows as aligned columns; `right` names the columns set flush right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def bits_table(bits: ModelBits) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vptq.errors import NumericalError
-from vptq.evaluation.perplexity import token_batches
+from vptq.evaluation.perplexity import plain_figures, token_batches
 from vptq.models.runner import BlockRunner
 
 
@@ -37,8 +37,7 @@ class Divergence:
     dataset: str
 
     def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+        return plain_figures(self)
 
 
 def last_states(runner: BlockRunner, windows: Tensor, progress: Callable[[], None] | None = None) -> Tensor:
@@ -50,10 +49,7 @@ def last_states(runner: BlockRunner, windows: Tensor, progress: Callable[[], Non
         (num_windows, seq_len, hidden_size) on the CPU, in the type that the blocks run in.
     """
     states = runner.embed(token_batches(windows))
-    for block in range(len(runner.skeleton.blocks)):
-        runner.load_block(block)
-        runner.run_block_(block, states, progress)
-        runner.unload_block(block)
+    runner.run_blocks_(states, progress)
     return torch.cat([batch.cpu() for batch in states.batches])
 
 

@@ -42,14 +42,18 @@ class Perplexity:
     dataset: str
 
     def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+        return plain_figures(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Perplexity:
         """The inverse of `to_dict`."""
         filled: dict[str, Any] = {k: math.nan if v is None else v for k, v in values.items()}
         return cls(**filled)
+
+
+def plain_figures(figures: Any) -> dict[str, Any]:
+    """A dataclass of figures as JSON takes it: None where there is no number."""
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(figures).items()}
 
 
 def cut_windows(stream: Tensor, *, seq_len: int, stride: int | None, limit: int | None, dataset: str) -> Tensor:
@@ -109,10 +113,7 @@ def streamed_perplexity(
     losses = []
     for group in _groups(runner, windows):
         states = runner.embed(group)
-        for block in range(len(runner.skeleton.blocks)):
-            runner.load_block(block)
-            runner.run_block_(block, states, progress)
-            runner.unload_block(block)
+        runner.run_blocks_(states, progress)
         losses += [_batch_losses(runner, states, i, counted) for i in range(len(group))]
     return summarize(torch.cat(losses), seq_len=seq_len, stride=stride, dataset=dataset)
 

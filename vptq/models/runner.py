@@ -113,6 +113,13 @@ class BlockRunner:
             if progress:
                 progress()
 
+    def run_blocks_(self, states: HiddenStates, progress: Callable[[], None] | None = None) -> None:
+        """Carry the states past all blocks, in place, each loaded for its turn only."""
+        for block in range(len(self.skeleton.blocks)):
+            self.load_block(block)
+            self.run_block_(block, states, progress)
+            self.unload_block(block)
+
     @torch.no_grad()
     def batches_of_block_(self, block: int, states: HiddenStates, keep: bool = True) -> Iterator[None]:
         """`run_block_` batch by batch, so that sets of states can go side by side; without `keep` nothing is replaced."""
@@ -145,12 +152,8 @@ class BlockRunner:
             caught.append(args[0])
             raise _StopForward
 
-        handle = self.model.get_submodule(head).register_forward_pre_hook(catch)
-        try:
-            with contextlib.suppress(_StopForward):
-                self._logits(hidden, tokens)
-        finally:
-            handle.remove()
+        with self.model.get_submodule(head).register_forward_pre_hook(catch), contextlib.suppress(_StopForward):
+            self._logits(hidden, tokens)
         return caught[0]
 
     @torch.enable_grad()

@@ -45,7 +45,7 @@ def rungs(base: LinearConfig) -> list[LinearConfig]:
 
 def nearest_rung(base: LinearConfig, bits: float) -> LinearConfig:
     """The rung nearest to a number of bits a weight."""
-    return min(rungs(base), key=lambda config: abs(config.trellis_bits / config.vector_len - bits))
+    return min(rungs(base), key=lambda config: abs(_rate(config) - bits))
 
 
 def allocate(

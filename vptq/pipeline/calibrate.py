@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from vptq.calibration.fisher import token_weights
 from vptq.calibration.hessian import BlockHessians, Hessian, HessianAccumulator
 from vptq.data import TokenSequences
 from vptq.evaluation.perplexity import token_batches
@@ -56,11 +55,9 @@ class Calibrator:
         runner.load_block(block)
         watcher = BlockHessians(self.skeleton.block_name(block), self._weights_of(block), paired=self.drifted is not None)
         watching = watcher.watching(module) if wanted else contextlib.nullcontext()
-        if self.quantized is not None and self.drifted is None and not last:
+        drifted = self.drifted
+        if self.quantized is not None and drifted is None and not last:  # up to here both are the same
             self.drifted = HiddenStates([batch.clone() for batch in self.states.batches], self.states.tokens)
-            drifted = None  # up to here both are the same
-        else:
-            drifted = self.drifted
         with watching:
             aside = None if drifted is None or not wanted else runner.batches_of_block_(block, drifted, keep=False)
             for _ in runner.batches_of_block_(block, self.states):
@@ -99,22 +96,6 @@ class Calibrator:
             return None
         prefix = f"{self.skeleton.block_name(block)}."
         return {name.removeprefix(prefix): w for name, w in self.weights.items() if name.startswith(prefix)}
-
-
-def loss_weights(
-    skeleton: Skeleton,
-    source: TensorSource,
-    device: torch.device,
-    dtype: torch.dtype,
-    tokens: TokenSequences,
-    row_groups: Mapping[str, int],
-    progress: Callable[[float], None],
-) -> dict[str, Tensor]:
-    """`fisher.token_weights` of the original model. By name, (row_groups, num_tokens) float32."""
-    runner = BlockRunner(skeleton, source, device, dtype)
-    found = token_weights(runner, token_batches(tokens.tokens), row_groups, progress)
-    runner.unload()
-    return found
 
 
 def relative_weights(weights: Tensor, row_groups: int) -> tuple[Tensor, float]:

@@ -79,7 +79,7 @@ def make_codebooks(config: LinearConfig, device: torch.device) -> dict[str, Tens
     """The Gaussian codebooks of a setting from their definition, on `device`: name of the stage -> (k, v) float32."""
     k, v = config.num_centroids[1], config.vector_len
     if config.has_trellis:
-        return {"main": gaussian_trellis(v, Trellis(k.bit_length() - 1, config.trellis_bits), device)}
+        return {"main": gaussian_trellis(v, Trellis.over(k, config.trellis_bits), device)}
     found = {"main": gaussian_codebook(v, k, device)}
     if config.has_residual:
         found["residual"] = residual_codebook(found["main"], config.num_res_centroids[1])

@@ -14,6 +14,7 @@ from vptq.models.files import save_tensors
 from vptq.models.stream import TensorSource
 from vptq.pipeline.calibrate import Calibrator, relative_weights
 from vptq.pipeline.plan import RunPlan
+from vptq.quantize.metric import trace_products
 from vptq.quantize.problem import LinearInput, rotated
 from vptq.quantize.sensitivity import unit_error
 
@@ -80,4 +81,4 @@ def measure_sensitivity(
 def _size(weight: Tensor, hessian: Tensor) -> float:
     groups = hessian if hessian.ndim == 3 else hessian[None]
     parts = zip(weight.chunk(len(groups)), groups, strict=True)
-    return max(sum(((rows @ own).double() * rows.double()).sum().item() for rows, own in parts), 1e-300)
+    return max(sum(trace_products(rows, own) for rows, own in parts), 1e-300)

@@ -33,7 +33,6 @@ class Results:
 
     def packed(self, name: str) -> dict[str, Tensor]:
         """A finished linear's tensors, from its work file, or from the packed checkpoint once that has taken its place."""
-        name = self.layers[name].weight_of or name
         layer = self.layers[name]
         if self.job.work_file(name).exists():
             shared = {} if layer.stores_codebook else self.job.tensors(layer.codebook_of)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vptq.calibration.fisher import token_weights
 from vptq.calibration.hessian_store import HessianStore
 from vptq.config import LinearConfig, QuantConfig
 from vptq.data import TokenSequences
+from vptq.evaluation.perplexity import token_batches
 from vptq.models.architecture import Skeleton
 from vptq.models.files import save_json
 from vptq.models.prefetch import PrefetchingFolder
+from vptq.models.runner import BlockRunner
 from vptq.models.stream import TensorSource
 from vptq.pipeline.allocation import allocate, allocation_table, nearest_rung, read_sensitivity, to_json
-from vptq.pipeline.calibrate import Calibrator, loss_weights
+from vptq.pipeline.calibrate import Calibrator
 from vptq.pipeline.cost import fisher_units, forward_units, hessian_units
 from vptq.pipeline.fold import Fold
 from vptq.pipeline.job import Job
 from vptq.pipeline.measure import LossWeights, kept_weights, measure_sensitivity
 from vptq.pipeline.plan import RunPlan, make_plan
-from vptq.pipeline.progress import Progress, aligned
+from vptq.pipeline.progress import Progress, table
 from vptq.recipe import OFF
 
 ALLOCATION = "allocation.json"
@@ -89,40 +91,37 @@ class Context:
 
 def settle(context: Context, plan: RunPlan) -> tuple[RunPlan, LossWeights | None]:
     """Measure what the settings ask for, and choose what they leave open; what a stopped run found is taken up."""
-    absolute: dict[str, Tensor] | None = None
+    weights = None
     if context.config.calibration.hessian == "fisher":
         context.progress.phase("gradients of the loss")
         absolute = kept_weights(context.job.folder / TOKEN_WEIGHTS, lambda: _loss_weights(context, plan))
+        weights = LossWeights(absolute, plan)  # for every rung alike: groups of rows are the same on all
     if context.config.bits is not None:
-        plan = _allocated(context, plan, context.config.bits, absolute)
-    return plan, None if absolute is None else LossWeights(absolute, plan)
+        plan = _allocated(context, plan, context.config.bits, weights)
+    return plan, weights
 
 
 def _loss_weights(context: Context, plan: RunPlan) -> dict[str, Tensor]:
     row_groups = {linear.name: linear.layer.row_groups for linear in plan.linears}
     total = fisher_units(plan, context.tokens.tokens.numel())
-    return loss_weights(
-        context.skeleton,
-        context.source,
-        context.device,
-        context.dtype,
-        context.tokens,
-        row_groups,
-        lambda part: context.progress.advance(part * total),
-    )
+    runner = BlockRunner(context.skeleton, context.source, context.device, context.dtype)
+    batches = token_batches(context.tokens.tokens)
+    found = token_weights(runner, batches, row_groups, lambda part: context.progress.advance(part * total))
+    runner.unload()
+    return found
 
 
-def _allocated(context: Context, plan: RunPlan, bits: float, absolute: Mapping[str, Tensor] | None) -> RunPlan:
+def _allocated(context: Context, plan: RunPlan, bits: float, weights: LossWeights | None) -> RunPlan:
     """The plan with every linear's setting chosen."""
     path = context.job.folder / ALLOCATION
     base = context.config.linear
     if not path.exists():
         infos = [linear.info for linear in plan.linears]
-        sensitivity = _sensitivity(context, plan, absolute)
+        sensitivity = _sensitivity(context, plan, weights)
         found = allocate(infos, sensitivity, base, bits, context.skeleton.dtype.itemsize * 8)
         settings = {name: [config.vector_len, config.trellis_bits] for name, config in found.settings.items()}
         save_json(path, {"bits": found.bits, "loss": found.loss, "settings": settings})
-        context.progress.note(f"{found.bits:.4f} stored bits a weight:\n{aligned(allocation_table(found, infos))}")
+        context.progress.note(f"{found.bits:.4f} stored bits a weight:\n{table(allocation_table(found, infos))}")
         context.job.log(f"allocation: {found.bits:.4f} stored bits a weight, predicted rise of the loss {found.loss:.4f}")
     return make_plan(context.config, context.skeleton, context.source, _read_allocation(path, base), context.fold)
 
@@ -132,14 +131,13 @@ def _read_allocation(path: Path, base: LinearConfig) -> dict[str, LinearConfig]:
     return {name: replace(base, vector_lens=(OFF, v), trellis_bits=bits) for name, (v, bits) in stored.items()}
 
 
-def _sensitivity(context: Context, plan: RunPlan, absolute: Mapping[str, Tensor] | None) -> dict[str, float]:
+def _sensitivity(context: Context, plan: RunPlan, weights: LossWeights | None) -> dict[str, float]:
     given = context.config.sensitivity_path
     path = Path(given).expanduser() if given else context.job.folder / "sensitivity.json"
     settings = _measured_with(context)
     if path.exists():
         return read_sensitivity(path, context.job.fingerprint, settings, [linear.name for linear in plan.linears])
     context.progress.phase("sensitivity of the linears")
-    weights = None if absolute is None else LossWeights(absolute, plan)
     calibrator = context.calibrator(weights)
     count = context.tokens.tokens.numel()
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vptq.checkpoint.reader import is_packed, load_quantized
+from vptq.checkpoint.reader import fill_model, is_packed, load_quantized
 from vptq.data import load_tokenizer
 from vptq.errors import UsageError
-from vptq.models.architecture import check_weights, load_skeleton, resolve_folder, tied_names
+from vptq.models.architecture import check_weights, load_skeleton, resolve_folder
 from vptq.models.device import forced_dtype, resolve_device
-from vptq.models.stream import load_module
 
 
 def evaluate_tasks(
@@ -61,10 +60,8 @@ def _whole_model(model_name: str | None, device: str | None, trust_remote_code: 
     skeleton = load_skeleton(folder, trust_remote_code, dtype)
     source = skeleton.source()
     check_weights(skeleton, source)
-    skipped = [name for name in tied_names(skeleton.model) if not source.has(name)]
-    load_module(skeleton.model, "", source, target, dtype or skeleton.dtype, skip=skipped)
-    skeleton.model.tie_weights()
-    return skeleton.model.to(target).eval()
+    fill_model(skeleton, source, target, dtype)
+    return skeleton.model.eval()
 
 
 def _figures(values: dict[str, Any]) -> dict[str, float]:

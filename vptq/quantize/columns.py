@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vptq.config import LinearConfig
 from vptq.quantize.assign import assign_nearest
 from vptq.quantize.trellis import Trellis, encode_again, encode_sequences
 
@@ -139,3 +140,11 @@ class TrellisQuantizer:
         padded = torch.nn.functional.pad(columns, (0, self.padding)) if self.padding else columns
         weights = None if self.weights is None else self.weights.repeat(len(columns), 1)
         return padded.reshape(-1, self.ring_len, self.vector_len), weights
+
+
+def make_quantizer(stages: tuple[Tensor, ...], config: LinearConfig, out_features: int, ring_len: int) -> ColumnQuantizer:
+    """The quantizer of a setting. stages: (k, vector_len) float32 each; ring_len: vectors of a ring, with a trellis."""
+    if config.has_trellis:
+        trellis = Trellis.over(len(stages[0]), config.trellis_bits)
+        return TrellisQuantizer(stages[0], trellis, out_features, ring_len)
+    return VectorQuantizer(stages, out_features, config.beam if len(stages) > 1 else 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vptq.config import LinearConfig
 from vptq.quantize.assign import assign_nearest
-from vptq.quantize.columns import ColumnQuantizer, TrellisQuantizer, VectorQuantizer
+from vptq.quantize.columns import make_quantizer
 from vptq.quantize.fixed_point import FixedPointSums
 from vptq.quantize.kmeans import batched_kmeans
 from vptq.quantize.layout import VectorWeights
@@ -91,10 +91,6 @@ def mean_squared_error(config: LinearConfig, main: Tensor, residual: Tensor | No
     rows = -(-rows // config.vector_len) * config.vector_len
     generator = torch.Generator().manual_seed(SEED + 2)
     columns = torch.randn(TEST_NUMBERS // rows, rows, generator=generator).to(main.device)
-    quantizer: ColumnQuantizer
-    if config.has_trellis:
-        trellis = Trellis(len(main).bit_length() - 1, config.trellis_bits)
-        quantizer = TrellisQuantizer(main, trellis, rows, rows // config.vector_len)
-    else:
-        quantizer = VectorQuantizer((main,) if residual is None else (main, residual), rows)
+    stages = (main,) if residual is None else (main, residual)
+    quantizer = make_quantizer(stages, config, rows, ring_len=rows // config.vector_len)
     return (columns - quantizer.decode(quantizer.encode(columns))).square().mean().item()

@@ -95,13 +95,18 @@ def prepare(linear: LinearInput, config: LinearConfig, storage_dtype: torch.dtyp
     metric = scale_metric(hessian, normalisation.scale) if normalisation else hessian
     scaled = normalisation.apply(weight) if normalisation else weight
     diagonal = metric.diagonal().clamp_min(0)
-    perm = importance_order(diagonal) if config.enable_perm else torch.arange(len(diagonal), device=weight.device)
+    perm = column_order(diagonal, config)
     factor = factor_permuted(metric, perm, config, linear.name)
     generator = torch.Generator().manual_seed(_seed_of(linear.name, config.kseed))
     measure = ProxyError(weight, hessian)
     return Problem(
         scaled[:, perm].contiguous(), diagonal[perm].contiguous(), factor, perm, normalisation, measure, generator, []
     )
+
+
+def column_order(diagonal: Tensor, config: LinearConfig) -> Tensor:
+    """The order in which columns are quantized, by diag(H'): (in,) float -> (in,) int64."""
+    return importance_order(diagonal) if config.enable_perm else torch.arange(len(diagonal), device=diagonal.device)
 
 
 def factor_permuted(metric: Tensor, perm: Tensor, config: LinearConfig, name: str) -> InverseFactor:

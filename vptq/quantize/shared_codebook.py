@@ -15,14 +15,13 @@ from torch import Tensor
 from vptq.config import LinearConfig
 from vptq.geometry import Geometry
 from vptq.quantize.column_sweep import ColumnRun, refine_columns, sweep_columns
-from vptq.quantize.columns import ColumnQuantizer, TrellisQuantizer, VectorQuantizer
-from vptq.quantize.layout import as_batch, importance_order
+from vptq.quantize.columns import make_quantizer
+from vptq.quantize.layout import as_batch
 from vptq.quantize.metric import InverseFactor, trace_products
-from vptq.quantize.problem import LinearInput, LinearReport, factor_permuted, rotated, rotation_of
+from vptq.quantize.problem import LinearInput, LinearReport, column_order, factor_permuted, rotated, rotation_of
 from vptq.quantize.result import Codebook, QuantizedWeight, spread_rows
 from vptq.quantize.segments import Segment
 from vptq.quantize.sweep import sweep_linears
-from vptq.quantize.trellis import Trellis
 
 
 @dataclass
@@ -84,8 +83,7 @@ def _prepare(linear: LinearInput, config: LinearConfig, geometry: Geometry, stor
         if found and metric is hessian:  # one metric for all rows is factored once
             perm, factor, permuted = found[0].perm, found[0].factor, found[0].metric
         else:
-            diagonal = metric.diagonal()
-            perm = importance_order(diagonal) if config.enable_perm else torch.arange(len(diagonal), device=weight.device)
+            perm = column_order(metric.diagonal(), config)
             factor = factor_permuted(metric, perm, config, linear.name)
             permuted = metric[perm][:, perm].contiguous()
         own = rows[:, perm].contiguous()
@@ -102,19 +100,14 @@ def _first_scale(weight: Tensor, config: LinearConfig) -> Tensor:
     return (squares if config.scale_scope == "row" else squares.mean(0, keepdim=True)).sqrt()
 
 
-def _quantizer(stages: tuple[Tensor, ...], config: LinearConfig, geometry: Geometry) -> ColumnQuantizer:
-    if config.has_trellis:
-        trellis = Trellis(len(stages[0]).bit_length() - 1, config.trellis_bits)
-        return TrellisQuantizer(stages[0], trellis, geometry.out_features, geometry.ring_len)
-    return VectorQuantizer(stages, geometry.out_features, config.beam if len(stages) > 1 else 1)
-
-
 def _sweep(groups: list[_Rows], stages: tuple[Tensor, ...], config: LinearConfig, geometry: Geometry) -> None:
     """Fills in `quantized` and `codes`, all groups side by side."""
     weights = as_batch([rows.scaled() for rows in groups])
     inv_chols = _batch_or_one([rows.factor.inv_chol for rows in groups])
     if config.has_trellis:
-        quantized, codes = sweep_columns(weights, inv_chols, _quantizer(stages, config, geometry), config.blocksize)
+        quantized, codes = sweep_columns(
+            weights, inv_chols, make_quantizer(stages, config, geometry.out_features, geometry.ring_len), config.blocksize
+        )
         for rows, own, found in zip(groups, quantized, codes, strict=True):
             rows.quantized, rows.codes = own.contiguous(), found
         return
@@ -129,7 +122,7 @@ def _refine(
     groups: list[_Rows], stages: tuple[Tensor, ...], config: LinearConfig, geometry: Geometry, storage_dtype: torch.dtype
 ) -> None:
     """`config.refine_iters` rounds of scale, then indices, in place; each group keeps what is better."""
-    quantizer = _quantizer(stages, config, geometry)
+    quantizer = make_quantizer(stages, config, geometry.out_features, geometry.ring_len)
     metrics = _batch_or_one([rows.metric for rows in groups])
     errors = [rows.error() for rows in groups]
     for _ in range(config.refine_iters):

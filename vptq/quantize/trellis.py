@@ -31,6 +31,11 @@ class Trellis:
     state_bits: int
     step_bits: int
 
+    @staticmethod
+    def over(num_centroids: int, step_bits: int) -> Trellis:
+        """A trellis whose states are so many centroids, a power of two."""
+        return Trellis(num_centroids.bit_length() - 1, step_bits)
+
     @property
     def overlap_bits(self) -> int:
         """Bits of a state that its predecessor shares."""
