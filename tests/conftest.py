@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,7 +38,20 @@ def kernel_device(monkeypatch) -> torch.device:
     """Where Triton kernels run: on the GPU, or, where there is none, in Triton's interpreter."""
     pytest.importorskip("triton")
     monkeypatch.setenv("VPTQ_KERNELS", "triton")
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("triton.runtime.interpreter.ReduceOps.generic_reduce", _reduce_whole)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _reduce_whole(self, inputs):
+    """The interpreter's reduction by a function of ours, which it applies number by number, for whole slices at a time."""
+    slices = [np.moveaxis(given.handle.data, self.axis, 0) for given in inputs]
+    wrap = [functools.partial(self.to_tensor, dtype=given.dtype) for given in inputs]
+    found = [wrapped(part[0]) for wrapped, part in zip(wrap, slices, strict=True)]
+    for number in range(1, len(slices[0])):
+        following = [wrapped(part[number]) for wrapped, part in zip(wrap, slices, strict=True)]
+        found = self.combine_fn.fn(*found, *following)
+    return list(found)
 
 
 def correlated_hessian(size: int, generator: torch.Generator, tokens: int | None = None) -> torch.Tensor:

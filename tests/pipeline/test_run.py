@@ -323,10 +323,9 @@ def test_packed_dequantized_and_streamed_perplexity_agree(tiny_llama, text_file,
     }
     assert figures["packed"] == pytest.approx(figures["model"], rel=1e-4)
     assert results["quantized"]["perplexity"] == pytest.approx(figures["packed"], rel=1e-4)
-    assert (
-        results["original"]["perplexity"]
-        == evaluate_model(str(tiny_llama), [str(text_file)], seq_len=64, limit=5)[0].perplexity
-    )
+    original = evaluate_model(str(tiny_llama), [str(text_file)], seq_len=64, limit=5)[0].perplexity
+    same = original if not torch.cuda.is_available() else pytest.approx(original, rel=1e-4)  # products on a GPU vary
+    assert results["original"]["perplexity"] == same
     assert result.perplexities[0][1].num_tokens == 5 * 63
 
 

@@ -7,11 +7,12 @@ import torch
 
 from vptq.config import LinearConfig
 from vptq.pipeline.codebooks import SHIPPED, load_file, shipped_error
-from vptq.quantize.columns import TrellisQuantizer, VectorQuantizer
+from vptq.quantize.columns import ColumnQuantizer, TrellisQuantizer, VectorQuantizer
 from vptq.quantize.gaussian import gaussian_codebook, gaussian_trellis, mean_squared_error
 from vptq.quantize.trellis import Trellis, encode_again, encode_sequences, new_bits, plain_viterbi, states_of, viterbi
 from vptq.recipe import LADDER
 
+COLUMNS = 6
 CASES = [(4, 2, 1), (6, 2, 1), (5, 3, 2), (7, 5, 1), (4, 4, 2)]
 
 
@@ -79,7 +80,7 @@ def test_vectors_without_weight_have_no_say(generator):
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("state_bits, step_bits, vector_len", [*CASES, (9, 2, 1), (10, 9, 1)])
+@pytest.mark.parametrize("state_bits, step_bits, vector_len", [*CASES, (9, 2, 1), (8, 7, 1)])
 @pytest.mark.parametrize("weighted", ["no", "steps", "all"])
 def test_kernel_equals_plain(kernel_device, state_bits, step_bits, vector_len, weighted, generator):
     trellis = Trellis(state_bits, step_bits)
@@ -165,3 +166,33 @@ def test_beam_is_never_worse_and_a_full_one_is_exact(beam, generator):
         mask[:, 21] = 0
         best = ((vectors[:, None] - pairs).square() * mask.view(-1, 1, 2)).sum(2).amin(1).sum()
         assert errors[1].sum() == pytest.approx(best.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "state_bits, step_bits, vector_len, rows, ring_len, factors",
+    [
+        (6, 2, 1, 64, 32, 1), (6, 2, 1, 64, 32, 2), (6, 1, 1, 32, 32, 1), (7, 3, 2, 120, 32, 2), (6, 5, 2, 64, 32, 1),
+        (6, 4, 1, 40, 32, 2), (4, 4, 1, 40, 32, 1), (8, 3, 3, 96, 32, 1),
+    ],
+)  # fmt: skip
+def test_kernel_sweeps_as_columns_one_by_one(
+    kernel_device, monkeypatch, state_bits, step_bits, vector_len, rows, ring_len, factors, generator
+):
+    table = torch.randn(1 << state_bits, vector_len, generator=generator).to(kernel_device)
+    quantizer = TrellisQuantizer(table, Trellis(state_bits, step_bits), rows, ring_len)
+    left = torch.randn(2, COLUMNS, rows, generator=generator).to(kernel_device)
+    factors = torch.randn(factors, COLUMNS, COLUMNS, generator=generator).triu() * 0.2
+    factors = (factors + torch.eye(COLUMNS)).to(kernel_device)
+    if len(factors) == 1:
+        factors = factors.mT.contiguous().mT  # as a factor comes that was found transposed
+    whole = torch.cat([torch.zeros_like(left[:, :3]), left, torch.zeros_like(left[:, :2])], 1)  # a block inside a matrix
+    fast = quantizer.sweep(whole[:, 3 : 3 + COLUMNS], factors)
+    plain = left.clone()
+    monkeypatch.setattr("vptq.quantize.trellis.use_kernels", lambda device: False)
+    slow = ColumnQuantizer.sweep(quantizer, plain, factors)
+    vectors = rows // vector_len
+    assert torch.equal(fast.codes[:, :, :vectors], slow.codes[:, :, :vectors])
+    torch.testing.assert_close(fast.quantized, slow.quantized)
+    torch.testing.assert_close(fast.errors, slow.errors, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole[:, 3 : 3 + COLUMNS], plain, rtol=1e-4, atol=1e-4)
+    assert not whole[:, :3].any() and not whole[:, 3 + COLUMNS :].any()

@@ -30,18 +30,12 @@ def sweep_columns(weights: Tensor, inv_chols: Tensor, quantizer: ColumnQuantizer
     columns = remaining.shape[1]
     for start in range(0, columns, blocksize):
         end = min(start + blocksize, columns)
-        errors = torch.empty_like(remaining[:, start:end])
-        for column in range(start, end):
-            target = remaining[:, column]
-            codes.append(quantizer.encode(target))
-            quantized[:, column] = quantizer.decode(codes[-1])
-            error = (target - quantized[:, column]) / inv_chols[:, column, column, None]
-            errors[:, column - start] = error
-            coming = inv_chols[:, column, column + 1 : end]
-            remaining[:, column + 1 : end].addcmul_(coming[:, :, None], error[:, None], value=-1)
+        block = quantizer.sweep(remaining[:, start:end], inv_chols[:, start:end, start:end])
+        quantized[:, start:end] = block.quantized
+        codes.append(block.codes)
         if end < columns:
-            _subtract_products(remaining[:, end:], inv_chols[:, start:end, end:], errors)
-    return quantized.transpose(1, 2), torch.stack(codes, 1)
+            _subtract_products(remaining[:, end:], inv_chols[:, start:end, end:], block.errors)
+    return quantized.transpose(1, 2), torch.cat(codes, 1)
 
 
 @dataclass(frozen=True)

@@ -2,35 +2,72 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vptq.backend import use_kernels
 from vptq.config import LinearConfig
 from vptq.quantize.assign import assign_nearest
-from vptq.quantize.trellis import Trellis, encode_again, encode_sequences
+from vptq.quantize.trellis import MOST_KERNEL_BITS, Trellis, encode_again, encode_sequences
 
 BEAM_SCORES = 1 << 24
 
 
-class ColumnQuantizer(Protocol):
+@dataclass(frozen=True)
+class SweptBlock:
+    """A block of columns after the sweep.
+
+    Attributes:
+        quantized: (B, columns, out_features) float32. codes: (B, columns, rows, stages) int32.
+        errors: (B, columns, out_features) float32, what each column left over U's diagonal: what later columns make up for.
+    """
+
+    quantized: Tensor
+    codes: Tensor
+    errors: Tensor
+
+
+class ColumnQuantizer(ABC):
     """Chooses the vectors of columns (B, out_features) float32.
 
     Codes are (B, rows, stages) int32, the centroid of every vector in every stage.
     """
 
+    @abstractmethod
     def encode(self, columns: Tensor) -> Tensor:
         """The codes to quantize columns (B, out_features) with."""
 
+    @abstractmethod
     def encode_again(self, columns: Tensor, codes: Tensor) -> Tensor:
         """Codes no worse than `codes` (B, rows, stages) for columns (B, out_features)."""
 
+    @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, rows, stages) -> columns (B, out_features)."""
 
+    def sweep(self, remaining: Tensor, inv_chols: Tensor) -> SweptBlock:
+        """Quantize columns one after the other, each corrected for the errors of those before it.
 
-class VectorQuantizer:
+        Args:
+            remaining: (B, columns, out_features) float32, modified in place.
+            inv_chols: (B or 1, columns, columns) float32, upper: these columns' part of U.
+        """
+        quantized, errors = torch.empty_like(remaining), torch.empty_like(remaining)
+        codes = []
+        for column, target in enumerate(remaining.unbind(1)):
+            codes.append(self.encode(target))
+            quantized[:, column] = self.decode(codes[-1])
+            error = (target - quantized[:, column]) / inv_chols[:, column, column, None]
+            errors[:, column] = error
+            coming = inv_chols[:, column, column + 1 :]
+            remaining[:, column + 1 :].addcmul_(coming[:, :, None], error[:, None], value=-1)
+        return SweptBlock(quantized, torch.stack(codes, 1), errors)
+
+
+class VectorQuantizer(ColumnQuantizer):
     """Every vector by itself.
 
     Args:
@@ -107,7 +144,7 @@ class VectorQuantizer:
         return padded.view(-1, self.vector_len), mask.view(-1, self.vector_len)
 
 
-class TrellisQuantizer:
+class TrellisQuantizer(ColumnQuantizer):
     """Rings of `ring_len` vectors, each chosen as a whole.
 
     Args:
@@ -135,6 +172,15 @@ class TrellisQuantizer:
     def decode(self, codes: Tensor) -> Tensor:
         found = torch.nn.functional.embedding(codes[:, :, 0], self.table)
         return found.reshape(len(codes), -1)[:, : self.out_features]
+
+    def sweep(self, remaining: Tensor, inv_chols: Tensor) -> SweptBlock:
+        if not (use_kernels(self.table.device) and self.trellis.state_bits <= MOST_KERNEL_BITS):
+            return super().sweep(remaining, inv_chols)
+        from vptq.quantize.kernels.trellis import sweep_rings_by_kernel
+
+        bits = self.trellis.state_bits, self.trellis.step_bits
+        quantized, errors, states = sweep_rings_by_kernel(remaining, inv_chols, self.table, *bits, self.ring_len)
+        return SweptBlock(quantized, states[..., None], errors)
 
     def _rings(self, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         padded = torch.nn.functional.pad(columns, (0, self.padding)) if self.padding else columns
