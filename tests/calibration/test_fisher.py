@@ -96,6 +96,23 @@ class Block(nn.Module):
         return self.o(self.q(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("away, weighted", [(1.0, True), (1e-3, True), (1.0, False)])
+def test_drift_of_16_bit_activations(device, dtype, away, weighted, generator):
+    inputs = torch.randn(512, 32, generator=generator).to(dtype)
+    originals = (inputs.float() + away * torch.randn(512, 32, generator=generator)).to(dtype)
+    weights = torch.rand(2, 512, generator=generator) if weighted else None
+    accumulator = HessianAccumulator(32, device, 2 if weighted else 0, drifts=True)
+    for part in (slice(0, 300), slice(300, 512)):
+        own = None if weights is None else weights[:, part]
+        accumulator.add(inputs[part].to(device), own, originals[part].to(device))
+    scale = torch.ones(1, 512) if weights is None else weights
+    shift = originals.double() - inputs.double()
+    expected = torch.stack([(shift * row[:, None]).T @ inputs.double() / 512 for row in scale.double()])
+    found = accumulator.mean_drift().cpu().double().view_as(expected)
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+
+
 def test_paired_runs_take_down_the_drift(generator):
     block, watcher = Block(), BlockHessians("blocks.0", paired=True)
     original, drifted = torch.randn(2, 3, 5, 4, generator=generator)

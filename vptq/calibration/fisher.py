@@ -80,17 +80,20 @@ def _add_group(runner: BlockRunner, group: list[Tensor], found: dict[str, Tensor
         for block in blocks:
             kept.append(hidden)
             runner.load_block(block)
+            runner.prefetch_block(block + 1)
             hidden = [runner.forward_block(block, state, tokens) for state, tokens in zip(hidden, group, strict=True)]
             runner.unload_block(block)
     slopes = [runner.loss_gradient(state, tokens) for state, tokens in zip(hidden, group, strict=True)]
     for block in reversed(blocks):
         runner.load_block(block)
+        runner.prefetch_block(block - 1)
         watcher = _GradientWatcher(runner.skeleton.block_name(block), found, places)
         for number, tokens in enumerate(group):
             with watcher.watching(runner.skeleton.blocks[block]), torch.enable_grad():
                 state = kept[block][number].detach().requires_grad_()
                 output = runner.forward_block(block, state, tokens)
                 slopes[number] = torch.autograd.grad(output, state, slopes[number])[0]
+        watcher.flush()
         runner.unload_block(block)
         kept.pop()
 
@@ -100,6 +103,7 @@ class _GradientWatcher:
 
     def __init__(self, block_name: str, found: dict[str, Tensor], places: dict[str, int]) -> None:
         self.block_name, self.found, self.places = block_name, found, places
+        self._noted: list[tuple[Tensor, Tensor]] = []  # where it goes, what: left on the device while batches are under way
 
     @contextlib.contextmanager
     def watching(self, block: nn.Module) -> Iterator[None]:
@@ -111,6 +115,12 @@ class _GradientWatcher:
                     hooks.enter_context(module.register_forward_hook(self._hook(name)))
             yield
 
+    def flush(self) -> None:
+        """Fill in what was taken down."""
+        for place, weights in self._noted:
+            place.copy_(weights)
+        self._noted.clear()
+
     def _hook(self, name: str) -> Callable:
         target = self.found[name]
         groups = len(target)
@@ -121,7 +131,7 @@ class _GradientWatcher:
 
             def note(gradient: Tensor) -> None:
                 rows = gradient.detach().reshape(-1, groups, gradient.shape[-1] // groups).float()
-                target[:, first : first + len(rows)] = rows.square().mean(2).T.cpu()
+                self._noted.append((target[:, first : first + len(rows)], rows.square().mean(2).T))
 
             if output.requires_grad:
                 output.register_hook(note)

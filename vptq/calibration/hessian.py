@@ -15,6 +15,7 @@ from vptq.errors import NumericalError
 CHUNK_TOKENS = 1024  # tensor cores add up to here; longer sums lose what float32 would keep
 CHUNKS = 16  # added up in float32, then in float64
 LARGEST_EXPONENT = 14  # weighted rows are brought to under 2^14 before they become float16
+SMALLEST = 1e-14  # that they are brought up from: the square of the power must be a float32
 
 
 class HessianAccumulator:
@@ -41,17 +42,17 @@ class HessianAccumulator:
         self.num_tokens += len(rows)
         away = None if originals is None else originals.reshape(rows.shape).float() - rows.float()
         for group in range(len(self.total)):
-            if weights is None:
+            factor = None if weights is None else weights[group].to(rows.device, torch.float32).sqrt()[:, None]
+            if factor is None:
                 add_products(self.total[group], rows, rows)
-                left, right = away, rows.float() if away is not None else rows
-            else:
-                factor = weights[group].to(rows.device, torch.float32).sqrt()[:, None]
-                right = rows.float() * factor
-                scaled, power = _in_type(right, rows.dtype)
-                add_products(self.total[group], scaled, scaled, power.square())
-                left = None if away is None else away * factor
-            if self.drift is not None and left is not None:
-                self.drift[group] += left.T @ right
+            if factor is None and away is None:
+                continue
+            right, power = _scaled(rows, factor)
+            if factor is not None:
+                add_products(self.total[group], right, right, power.square())
+            if self.drift is not None and away is not None:
+                left, other = _scaled(away, factor, rows.dtype)
+                add_products(self.drift[group], left, right, other * power)
 
     def merge(self, other: HessianAccumulator) -> None:
         """Take in what another one has seen."""
@@ -85,13 +86,21 @@ def add_products(total: Tensor, left: Tensor, right: Tensor, divisor: Tensor | N
         total += product if divisor is None else product / divisor
 
 
-def _in_type(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows of float32 times a power of two that brings them well inside a 16-bit type, and that power. (n, m) -> (n, m), ()."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return rows, rows.new_ones(())
-    largest = rows.abs().amax().clamp_min(1e-30)
+def _scaled(rows: Tensor, factor: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Rows times a factor each, for products of 16-bit numbers times a power of two that brings them well inside float16.
+
+    Args:
+        rows: (n, m) float. factor: None or (n, 1) float32. dtype: the activations'; None for that of the rows.
+    Returns:
+        Rows, (n, m), float16 for both 16-bit types, float32 for wider ones; the power, (), one for these.
+    """
+    factor = torch.ones((), device=rows.device) if factor is None else factor
+    if (dtype or rows.dtype) not in (torch.float16, torch.bfloat16):
+        return rows.float() * factor, factor.new_ones(())
+    largest = (torch.linalg.vector_norm(rows, float("inf")).float() * factor.amax()).clamp_min(SMALLEST)
     power = torch.exp2(LARGEST_EXPONENT - torch.frexp(largest)[1].float())
-    return (rows * power).to(torch.float16), power
+    found = torch.empty(rows.shape, dtype=torch.float16, device=rows.device)
+    return torch.mul(rows, factor * power, out=found), power
 
 
 def mixed_product(left: Tensor, right: Tensor) -> Tensor:
@@ -99,7 +108,7 @@ def mixed_product(left: Tensor, right: Tensor) -> Tensor:
     chunks = list(zip(left.split(CHUNK_TOKENS), right.split(CHUNK_TOKENS), strict=True))
     product = torch.mm(chunks[0][0].T, chunks[0][1], out_dtype=torch.float32)
     for first, second in chunks[1:]:
-        product = torch.addmm(product, first.T, second, out_dtype=torch.float32)
+        torch.addmm(product, first.T, second, out_dtype=torch.float32, out=product)
     return product
 
 

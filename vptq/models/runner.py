@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vptq.models.architecture import Skeleton, tied_names
+from vptq.models.prefetch import PrefetchingFolder
 from vptq.models.staging import Stage, to_main_memory
 from vptq.models.stream import TensorSource, load_module, unload_module
 
@@ -79,6 +80,11 @@ class BlockRunner:
         """Full names of a block's parameters."""
         prefix = self.skeleton.block_name(block)
         return [f"{prefix}.{name}" for name, _ in self.skeleton.blocks[block].named_parameters()]
+
+    def prefetch_block(self, block: int) -> None:
+        """Begin to read a block's weights, where the source can."""
+        if isinstance(self.source, PrefetchingFolder) and 0 <= block < len(self.skeleton.blocks):
+            self.source.prefetch(self.block_parameters(block))
 
     def unload_block(self, block: int) -> None:
         unload_module(self.skeleton.blocks[block])

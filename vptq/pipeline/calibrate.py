@@ -12,7 +12,6 @@ from vptq.calibration.hessian import BlockHessians, Hessian, HessianAccumulator
 from vptq.data import TokenSequences
 from vptq.evaluation.perplexity import token_batches
 from vptq.models.architecture import Skeleton
-from vptq.models.prefetch import PrefetchingFolder
 from vptq.models.runner import BlockRunner, HiddenStates
 from vptq.models.stream import TensorSource
 
@@ -29,14 +28,14 @@ class Calibrator:
     def __init__(
         self,
         skeleton: Skeleton,
-        source: PrefetchingFolder,
+        source: TensorSource,
         device: torch.device,
         dtype: torch.dtype,
         tokens: TokenSequences,
         weights: Mapping[str, Tensor] | None = None,
         quantized: TensorSource | None = None,
     ) -> None:
-        self.skeleton, self.source, self.weights, self.quantized = skeleton, source, weights, quantized
+        self.skeleton, self.weights, self.quantized = skeleton, weights, quantized
         self.runner = BlockRunner(skeleton, source, device, dtype)
         self.states = self.runner.embed(token_batches(tokens.tokens))
         self.drifted: HiddenStates | None = None
@@ -66,7 +65,7 @@ class Calibrator:
                 progress()
         runner.unload_block(block)
         if not last:
-            self.source.prefetch(runner.block_parameters(block + 1))
+            runner.prefetch_block(block + 1)
         return watcher.collect()
 
     def follow(self, block: int) -> None:
