@@ -41,9 +41,8 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
         raise VptqError(f"{count} values of {bits} bits take {-(-count * bits // WORD_BITS)} words, got {words.shape[-1]}")
     word, shift = _places(count, bits, words.device)
     unsigned = torch.nn.functional.pad(words.long() & LOW_WORD, (0, 1))
-    low = unsigned[..., word] >> shift
-    high = unsigned[..., word + 1] << (WORD_BITS - shift)  # shift 0: past every value's bits, masked away below
-    return (low | high) & ((1 << bits) - 1)
+    pairs = unsigned[..., :-1] | (unsigned[..., 1:] << WORD_BITS)  # each word and the next one: a value lies within such a pair
+    return pairs.index_select(-1, word).bitwise_right_shift_(shift).bitwise_and_((1 << bits) - 1)
 
 
 def to_uint16_bits(values: Tensor) -> Tensor:
