@@ -11,10 +11,11 @@ from vptq.config import LinearConfig
 from vptq.geometry import plan_geometry
 from vptq.layer_config import LayerConfig
 from vptq.nn.reference import dequantize_packed
-from vptq.nn.rings import pack_rings, unpack_rings
+from vptq.nn.rings import RingMatrix, longest_run, make_run_table, pack_rings, ring_product, ring_weight, trellis_of
 from vptq.quantize.codebook import store_codebook
 from vptq.quantize.linear import quantize_linear
 from vptq.quantize.metric import proxy_error
+from vptq.quantize.trellis import Trellis
 
 BASE = {"rotation": "hadamard", "codebook_scope": "shared"}
 CASES = {
@@ -57,7 +58,8 @@ def test_bits_lie_where_the_format_says(generator):
     geometry, _ = plan_geometry(384, 3, config)
     layer = LayerConfig.of(config, geometry, bias=False)
     words = torch.randint(-(2**31), 2**31, layer.tensor_shapes()["indices"][0], generator=generator, dtype=torch.int32)
-    states = unpack_rings(words, layer)
+    matrix = RingMatrix(words, torch.empty(2048, 1), trellis_of(layer), 384, layer.ring_len)
+    states = matrix.windows(slice(None), 1).flatten(0, 1)
     ring_len, rings = layer.ring_len, words.shape[0]
     for ring, vector, column in [(0, 0, 0), (rings - 1, 1, 2), (0, ring_len - 1, 1), (rings - 1, 40, 0)]:
         stream = [(int(words[ring, w, column]) >> bit) & 1 for w in range(words.shape[1]) for bit in range(32)]
@@ -97,3 +99,37 @@ def test_groups_of_rows_are_whole_rings_and_the_same_on_every_rung(out_features,
             assert out_features % (geometry.row_groups * geometry.ring_len * config.vector_len) == 0
             assert geometry.of_row_group().group_grid[0] * geometry.row_groups == geometry.group_grid[0]
     assert len(found) == 1
+
+
+RINGS = [(12, 1, 1), (12, 2, 1), (12, 3, 1), (12, 4, 1), (12, 5, 2), (12, 3, 2), (7, 7, 1), (8, 6, 3), (16, 2, 1)]
+
+
+def ring_matrix(state_bits, step_bits, vector_len, generator, device, rows=190, columns=24, ring_len=64):
+    rings = -(-rows // (ring_len * vector_len))
+    shape = (rings, ring_len * step_bits // 32, columns)
+    words = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32)
+    table = torch.randn(1 << state_bits, vector_len, generator=generator)
+    return RingMatrix(words.to(device), table.to(device), Trellis(state_bits, step_bits), rows, ring_len)
+
+
+@pytest.mark.parametrize("state_bits, step_bits, vector_len", RINGS)
+def test_runs_of_vectors_say_what_single_ones_do(state_bits, step_bits, vector_len, generator, device):
+    matrix = ring_matrix(state_bits, step_bits, vector_len, generator, device)
+    single = torch.nn.functional.embedding(matrix.windows(slice(None), 1), matrix.table)
+    for run in (1, 2, longest_run(matrix.trellis, vector_len)):
+        table = make_run_table(matrix.table, matrix.trellis, run)
+        several = torch.nn.functional.embedding(matrix.windows(slice(None), run), table)
+        assert torch.equal(several.unflatten(3, (run, vector_len)).permute(0, 1, 3, 2, 4).flatten(1, 2), single)
+
+
+@pytest.mark.parametrize("state_bits, step_bits, vector_len", RINGS)
+@pytest.mark.parametrize("count", [0, 1, 3, 9])
+def test_product_with_rings(state_bits, step_bits, vector_len, count, generator, device, monkeypatch):
+    monkeypatch.setattr("vptq.nn.rings.BAG_INDICES", 1000)
+    monkeypatch.setattr("vptq.nn.rings.CHUNK_WEIGHTS", 5000)
+    matrix = ring_matrix(state_bits, step_bits, vector_len, generator, device)
+    x = torch.randn(24, count, generator=generator).to(device).T  # not contiguous
+    expected = x.double() @ ring_weight(matrix).double().T
+    torch.testing.assert_close(ring_product(x, matrix).double(), expected, rtol=1e-4, atol=1e-4)
+    half = ring_product(x.bfloat16(), matrix)
+    assert half.dtype == torch.bfloat16 and half.shape == (count, 190)

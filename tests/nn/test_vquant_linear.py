@@ -44,7 +44,7 @@ def test_file_tensors_give_the_quantized_weight_back(generator, case):
 def test_chunks_do_not_matter(generator, case, monkeypatch):
     _, layer, tensors = packed(case, generator)
     whole = dequantize_packed(tensors, layer, torch.float32)
-    monkeypatch.setattr("vptq.nn.reference.CHUNK_WEIGHTS", 100)
+    monkeypatch.setattr("vptq.nn.vectors.CHUNK_WEIGHTS", 100)
     assert torch.equal(dequantize_packed(tensors, layer, torch.float32), whole)
 
 
@@ -105,15 +105,15 @@ def test_gradient_reaches_the_input(generator):
 
 def test_dequantize_unpacks_a_few_rows_at_a_time(monkeypatch):
     """The whole matrix of indices would be 512x512; no unpacked piece may come near."""
-    import vptq.nn.reference as reference
+    import vptq.nn.vectors as vectors
 
     layer = LayerConfig.of(settings(), plan(2048, 512), bias=False)
     tensors = {k: torch.zeros(s, dtype={"int32": torch.int32, "int16": torch.int16}.get(kind, torch.float16))
                for k, (s, kind) in layer.tensor_shapes().items()}  # fmt: skip
     sizes = []
-    real = reference.unpack_bits
-    monkeypatch.setattr(reference, "unpack_bits", lambda *a: sizes.append(real(*a).numel()) or real(*a))
-    monkeypatch.setattr(reference, "CHUNK_WEIGHTS", 1 << 16)
+    real = vectors.unpack_bits
+    monkeypatch.setattr(vectors, "unpack_bits", lambda *a: sizes.append(real(*a).numel()) or real(*a))
+    monkeypatch.setattr(vectors, "CHUNK_WEIGHTS", 1 << 16)
     dequantize_packed(tensors, layer, torch.float16)
     assert max(sizes) <= (1 << 16) // 4 and sum(sizes) == 512 * 512
 

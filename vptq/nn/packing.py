@@ -6,6 +6,8 @@ bit p mod 32 of word p div 32. A row is padded with zeros to whole words. n valu
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from vptq.errors import VptqError
 from vptq.geometry import WORD_BITS
 
 LOW_WORD = (1 << WORD_BITS) - 1
+WHOLE = {8: torch.uint8, 16: torch.int16}  # values that are numbers in memory as they stand
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
@@ -39,6 +42,8 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     _check_bits(bits)
     if words.shape[-1] != -(-count * bits // WORD_BITS):
         raise VptqError(f"{count} values of {bits} bits take {-(-count * bits // WORD_BITS)} words, got {words.shape[-1]}")
+    if bits in WHOLE and words.stride(-1) == 1 and sys.byteorder == "little":
+        return words.view(WHOLE[bits])[..., :count].long() & ((1 << bits) - 1)
     word, shift = _places(count, bits, words.device)
     unsigned = torch.nn.functional.pad(words.long() & LOW_WORD, (0, 1))
     pairs = unsigned[..., :-1] | (unsigned[..., 1:] << WORD_BITS)  # each word and the next one: a value lies within such a pair

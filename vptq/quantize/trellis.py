@@ -131,15 +131,3 @@ def _trace_back(came_from: Tensor, overlap: Tensor, trellis: Trellis) -> Tensor:
 def new_bits(states: Tensor, trellis: Trellis) -> Tensor:
     """What is stored of states (..., steps): the top `step_bits` of each, in their type."""
     return states >> trellis.overlap_bits
-
-
-def states_of(stored: Tensor, trellis: Trellis) -> Tensor:
-    """The inverse of `new_bits` on rings: (..., steps) integers in [0, 2^b) -> (..., steps) int64 states."""
-    wide = stored.long()
-    states = wide << trellis.overlap_bits
-    back, shift = 1, trellis.overlap_bits - trellis.step_bits
-    while shift > -trellis.step_bits:
-        earlier = torch.roll(wide, back, -1)
-        states |= earlier << shift if shift >= 0 else earlier >> -shift
-        back, shift = back + 1, shift - trellis.step_bits
-    return states

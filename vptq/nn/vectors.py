@@ -1,0 +1,120 @@
+"""Matrices whose vectors come from codebooks, and products with them, in plain torch: some rows at a time, never all unpacked.
+
+Indices are packed as in `nn.packing`: the low bits name the main centroid, those above the residual one. Columns come in
+groups of equal size with codebooks of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vptq.nn.packing import unpack_bits
+from vptq.quantize.result import look_up
+
+CHUNK_WEIGHTS = 1 << 20
+BAG_INDICES = 1 << 16  # looked up at once: they stay in a core's cache, and torch keeps to one thread that long
+FEW_ROWS = 4  # of x, for which sums of centroids are cheaper than a product with the unpacked matrix
+
+
+@dataclass(frozen=True)
+class VectorMatrix:
+    """A matrix (out_features, groups · group_size) as indices and codebooks.
+
+    Attributes:
+        words: (groups, vector rows, words) int32. main: (groups, k, vector_len) float. residual: the same for the second stage.
+        along_out: whether a vector runs down a column, else along a row.
+        main_bits, residual_bits: of an index.
+    """
+
+    words: Tensor
+    main: Tensor
+    residual: Tensor | None
+    out_features: int
+    group_size: int
+    along_out: bool
+    main_bits: int
+    residual_bits: int
+
+    @property
+    def vector_len(self) -> int:
+        return self.main.shape[2]
+
+    @property
+    def vector_columns(self) -> int:
+        """Vectors of one group in a row of vectors."""
+        return self.group_size if self.along_out else -(-self.group_size // self.vector_len)
+
+    def indices(self, group: int | slice, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Main and residual indices of some rows of vectors, (..., rows, vector columns) int64."""
+        values = unpack_bits(self.words[group, rows], self.main_bits + self.residual_bits, self.vector_columns)
+        if self.residual is None:
+            return values, None
+        return values & ((1 << self.main_bits) - 1), values >> self.main_bits
+
+
+def vector_weight(matrix: VectorMatrix) -> Tensor:
+    """The matrix, (out_features, groups · group_size), in the type of its codebooks."""
+    columns = len(matrix.words) * matrix.group_size
+    weight = torch.empty(matrix.out_features, columns, dtype=matrix.main.dtype, device=matrix.main.device)
+    for first, part in _parts(matrix):
+        weight[first : first + len(part)] = part
+    return weight
+
+
+def vector_product(x: Tensor, matrix: VectorMatrix) -> Tensor:
+    """x Wᵀ: (n, groups · group_size) float -> (n, out_features), in x's type; the arithmetic is in that of the codebooks."""
+    wide = x.to(matrix.main.dtype)
+    if matrix.along_out and len(x) <= FEW_ROWS and not x.is_cuda:
+        return _sums_of_centroids(wide, matrix).to(x.dtype)
+    product = wide.new_empty(len(x), matrix.out_features)
+    for first, part in _parts(matrix):
+        torch.mm(wide, part.T, out=product[:, first : first + len(part)])
+    return product.to(x.dtype)
+
+
+def _parts(matrix: VectorMatrix) -> Iterator[tuple[int, Tensor]]:
+    """The matrix some rows at a time: the first row's number, and (rows, columns)."""
+    groups, rows, _ = matrix.words.shape
+    high = matrix.vector_len if matrix.along_out else 1
+    step = max(1, CHUNK_WEIGHTS // (groups * matrix.group_size * high))
+    for start in range(0, rows, step):
+        main, second = matrix.indices(slice(None), slice(start, start + step))
+        vectors = look_up(matrix.main, main)
+        if matrix.residual is not None and second is not None:
+            vectors = vectors + look_up(matrix.residual, second)
+        yield start * high, _joined(vectors, matrix)[: matrix.out_features - start * high]
+
+
+def _joined(vectors: Tensor, matrix: VectorMatrix) -> Tensor:
+    """(groups, rows, vector columns, vector_len) -> (rows, columns) of the matrix; padding of columns is cut off."""
+    groups, rows, _, vector_len = vectors.shape
+    if matrix.along_out:
+        return vectors.permute(1, 3, 0, 2).reshape(rows * vector_len, -1)
+    return vectors.permute(1, 0, 2, 3).reshape(rows, groups, -1)[:, :, : matrix.group_size].reshape(rows, -1)
+
+
+def _sums_of_centroids(x: Tensor, matrix: VectorMatrix) -> Tensor:
+    """A run of outputs is the sum of its row's centroids, each times its column's x: no matrix is made, only indices are."""
+    groups, rows, _ = matrix.words.shape
+    step = max(1, BAG_INDICES // matrix.group_size)
+    sums = x.new_zeros(len(x), rows, matrix.vector_len)
+    for group in range(groups):
+        inputs = x[:, group * matrix.group_size : (group + 1) * matrix.group_size]
+        repeated = inputs[:, None].repeat(1, min(step, rows), 1)
+        for start in range(0, rows, step):
+            main, second = matrix.indices(group, slice(start, start + step))
+            for number, factors in enumerate(repeated):
+                own = sums[number, start : start + step]
+                own += bags(main, matrix.main[group], factors)
+                if matrix.residual is not None and second is not None:
+                    own += bags(second, matrix.residual[group], factors)
+    return sums.flatten(1)[:, : matrix.out_features]
+
+
+def bags(indices: Tensor, table: Tensor, factors: Tensor) -> Tensor:
+    """Σ_c factors[r, c] table[indices[r, c]]: (rows, columns) and (k, v) -> (rows, v)."""
+    return torch.nn.functional.embedding_bag(indices, table, mode="sum", per_sample_weights=factors[: len(indices)])
