@@ -56,7 +56,7 @@ INSIDE = {  # order of files within a room, from the street up
         "trial",
     ],
     "evaluation": ["perplexity", "divergence"],
-    "nn": ["packing", "vectors", "rings", "operands", "reference", "vquant_linear", "vquant_embedding", "replace"],
+    "nn": ["packing", "vectors", "rings", "ops", "operands", "reference", "vquant_linear", "vquant_embedding", "replace"],
     "checkpoint": ["names", "writer", "reader", "transformers_bridge"],
     "pipeline": [
         "progress",

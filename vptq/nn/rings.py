@@ -114,7 +114,7 @@ def _sums_of_runs(x: Tensor, matrix: RingMatrix) -> Tensor:
         indices = matrix.windows(slice(ring, ring + step), run).flatten(0, 1)
         for own, factors in zip(sums, repeated, strict=True):
             own[ring * count : ring * count + len(indices)] = bags(indices, table, factors)
-    return sums.flatten(1)[:, : matrix.out_features]
+    return sums.flatten(1)[:, : matrix.out_features].contiguous()
 
 
 def trellis_of(config: LayerConfig) -> Trellis:

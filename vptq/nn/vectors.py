@@ -97,6 +97,17 @@ def _joined(vectors: Tensor, matrix: VectorMatrix) -> Tensor:
     return vectors.permute(1, 0, 2, 3).reshape(rows, groups, -1)[:, :, : matrix.group_size].reshape(rows, -1)
 
 
+def split_vectors_of(weight: Tensor, matrix: VectorMatrix) -> Tensor:
+    """The vectors of a matrix cut as this one is, padded with zeros: (out_features, columns) -> (groups, rows, columns, v)."""
+    groups, rows, _ = matrix.words.shape
+    length, size = matrix.vector_len, matrix.group_size
+    if matrix.along_out:
+        padded = torch.nn.functional.pad(weight, (0, 0, 0, rows * length - len(weight)))
+        return padded.reshape(rows, length, groups, size).permute(2, 0, 3, 1)
+    padded = torch.nn.functional.pad(weight.reshape(len(weight), groups, size), (0, matrix.vector_columns * length - size))
+    return padded.reshape(rows, groups, -1, length).transpose(0, 1)
+
+
 def _sums_of_centroids(x: Tensor, matrix: VectorMatrix) -> Tensor:
     """A run of outputs is the sum of its row's centroids, each times its column's x: no matrix is made, only indices are."""
     groups, rows, _ = matrix.words.shape
@@ -112,7 +123,7 @@ def _sums_of_centroids(x: Tensor, matrix: VectorMatrix) -> Tensor:
                 own += bags(main, matrix.main[group], factors)
                 if matrix.residual is not None and second is not None:
                     own += bags(second, matrix.residual[group], factors)
-    return sums.flatten(1)[:, : matrix.out_features]
+    return sums.flatten(1)[:, : matrix.out_features].contiguous()
 
 
 def bags(indices: Tensor, table: Tensor, factors: Tensor) -> Tensor:

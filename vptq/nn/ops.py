@@ -1,0 +1,166 @@
+"""Products with packed matrices as operators that torch.compile and torch.export take as they are, with their gradients.
+
+Gradients go to x and to the codebooks (fine-tuning trains these); indices have none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vptq.nn.rings import RingMatrix, ring_product, ring_weight
+from vptq.nn.vectors import VectorMatrix, split_vectors_of, vector_product, vector_weight
+from vptq.quantize.trellis import Trellis
+
+
+def product(x: Tensor, matrix: VectorMatrix | RingMatrix) -> Tensor:
+    """x Wᵀ: (n, columns) float -> (n, out_features), in x's type."""
+    if isinstance(matrix, RingMatrix):
+        return _ring_product(x, matrix.words, matrix.table, matrix.run_table, *_ring_sizes(matrix))
+    return _vector_product(x, matrix.words, matrix.main, matrix.residual, *_vector_sizes(matrix))
+
+
+def weight(matrix: VectorMatrix | RingMatrix) -> Tensor:
+    """The matrix, (out_features, columns), in the type of its codebooks."""
+    if isinstance(matrix, RingMatrix):
+        return _ring_weight(matrix.words, matrix.table, *_ring_sizes(matrix))
+    return _vector_weight(matrix.words, matrix.main, matrix.residual, *_vector_sizes(matrix))
+
+
+def _vector_sizes(matrix: VectorMatrix) -> tuple[int, int, bool, int, int]:
+    return matrix.out_features, matrix.group_size, matrix.along_out, matrix.main_bits, matrix.residual_bits
+
+
+def _ring_sizes(matrix: RingMatrix) -> tuple[int, int, int, int]:
+    return matrix.out_features, matrix.ring_len, matrix.trellis.state_bits, matrix.trellis.step_bits
+
+
+@torch.library.custom_op("vptq::vector_product", mutates_args=())
+def _vector_product(
+    x: Tensor, words: Tensor, main: Tensor, residual: Tensor | None,
+    out_features: int, group_size: int, along_out: bool, main_bits: int, residual_bits: int,
+) -> Tensor:  # fmt: skip
+    matrix = VectorMatrix(words, main, residual, out_features, group_size, along_out, main_bits, residual_bits)
+    return vector_product(x, matrix)
+
+
+@_vector_product.register_fake
+def _(x: Tensor, words: Tensor, main: Tensor, residual: Tensor | None, out_features: int, *_sizes: Any) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.custom_op("vptq::vector_weight", mutates_args=())
+def _vector_weight(
+    words: Tensor, main: Tensor, residual: Tensor | None,
+    out_features: int, group_size: int, along_out: bool, main_bits: int, residual_bits: int,
+) -> Tensor:  # fmt: skip
+    return vector_weight(VectorMatrix(words, main, residual, out_features, group_size, along_out, main_bits, residual_bits))
+
+
+@_vector_weight.register_fake
+def _(words: Tensor, main: Tensor, residual: Tensor | None, out_features: int, group_size: int, *_sizes: Any) -> Tensor:
+    return main.new_empty(out_features, words.shape[0] * group_size)
+
+
+@torch.library.custom_op("vptq::ring_product", mutates_args=())
+def _ring_product(
+    x: Tensor, words: Tensor, table: Tensor, run_table: Tensor | None,
+    out_features: int, ring_len: int, state_bits: int, step_bits: int,
+) -> Tensor:  # fmt: skip
+    return ring_product(x, RingMatrix(words, table, Trellis(state_bits, step_bits), out_features, ring_len, run_table))
+
+
+@_ring_product.register_fake
+def _(x: Tensor, words: Tensor, table: Tensor, run_table: Tensor | None, out_features: int, *_sizes: Any) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.custom_op("vptq::ring_weight", mutates_args=())
+def _ring_weight(words: Tensor, table: Tensor, out_features: int, ring_len: int, state_bits: int, step_bits: int) -> Tensor:
+    return ring_weight(RingMatrix(words, table, Trellis(state_bits, step_bits), out_features, ring_len))
+
+
+@_ring_weight.register_fake
+def _(words: Tensor, table: Tensor, out_features: int, *_sizes: Any) -> Tensor:
+    return table.new_empty(out_features, words.shape[2])
+
+
+def _vector_gradients(matrix: VectorMatrix, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    """From the gradient of the matrix to those of its codebooks: (out_features, columns) -> as main, as residual."""
+    vectors = split_vectors_of(gradient.to(matrix.main.dtype), matrix)
+    books = [matrix.main] if matrix.residual is None else [matrix.main, matrix.residual]
+    found = [torch.zeros_like(book, dtype=torch.float32) for book in books]
+    for group in range(len(matrix.words)):
+        indices = matrix.indices(group, slice(None))
+        for sums, index in zip(found, indices, strict=False):
+            assert index is not None
+            sums[group].index_add_(0, index.flatten(), vectors[group].flatten(0, 1).float())
+    gradients = [sums.to(book.dtype) for sums, book in zip(found, books, strict=True)]
+    return gradients[0], gradients[1] if len(gradients) > 1 else None
+
+
+def _ring_gradient(matrix: RingMatrix, gradient: Tensor) -> Tensor:
+    """From the gradient of the matrix, (out_features, columns), to that of its table."""
+    rings, columns = len(matrix.words), gradient.shape[1]
+    padded = torch.nn.functional.pad(gradient, (0, 0, 0, rings * matrix.height - len(gradient)))
+    vectors = padded.reshape(rings, matrix.ring_len, -1, columns).transpose(2, 3)
+    sums = torch.zeros_like(matrix.table, dtype=torch.float32)
+    sums.index_add_(0, matrix.windows(slice(None), 1).flatten(), vectors.flatten(0, 2).float())
+    return sums.to(matrix.table.dtype)
+
+
+def _of_matrix(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of W in x Wᵀ: (n, out_features) and (n, columns) -> (out_features, columns) float32."""
+    return gradient.float().T @ x.float()
+
+
+def _keep_vectors(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    count = len(inputs) - 5
+    ctx.save_for_backward(*inputs[:count])
+    ctx.sizes = inputs[count:]
+
+
+def _vector_product_back(ctx: Any, gradient: Tensor) -> tuple:
+    x, words, main, residual = ctx.saved_tensors
+    matrix = VectorMatrix(words, main, residual, *ctx.sizes)
+    books: tuple[Tensor | None, Tensor | None] = (None, None)
+    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        books = _vector_gradients(matrix, _of_matrix(gradient, x))
+    back = gradient @ weight(matrix).to(gradient.dtype) if ctx.needs_input_grad[0] else None
+    return (back, None, *books, None, None, None, None, None)
+
+
+def _vector_weight_back(ctx: Any, gradient: Tensor) -> tuple:
+    return (None, *_vector_gradients(VectorMatrix(*ctx.saved_tensors, *ctx.sizes), gradient), None, None, None, None, None)
+
+
+def _keep_rings(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    count = len(inputs) - 4
+    ctx.save_for_backward(*inputs[:count])
+    ctx.sizes = inputs[count:]
+
+
+def _rings_of(words: Tensor, table: Tensor, sizes: tuple) -> RingMatrix:
+    out_features, ring_len, state_bits, step_bits = sizes
+    return RingMatrix(words, table, Trellis(state_bits, step_bits), out_features, ring_len)
+
+
+def _ring_product_back(ctx: Any, gradient: Tensor) -> tuple:
+    x, words, table, _ = ctx.saved_tensors
+    matrix = _rings_of(words, table, ctx.sizes)
+    own = _ring_gradient(matrix, _of_matrix(gradient, x)) if ctx.needs_input_grad[2] else None
+    back = gradient @ weight(matrix).to(gradient.dtype) if ctx.needs_input_grad[0] else None
+    return back, None, own, None, None, None, None, None
+
+
+def _ring_weight_back(ctx: Any, gradient: Tensor) -> tuple:
+    words, table = ctx.saved_tensors
+    return None, _ring_gradient(_rings_of(words, table, ctx.sizes), gradient), None, None, None, None
+
+
+_vector_product.register_autograd(_vector_product_back, setup_context=_keep_vectors)
+_vector_weight.register_autograd(_vector_weight_back, setup_context=_keep_vectors)
+_ring_product.register_autograd(_ring_product_back, setup_context=_keep_rings)
+_ring_weight.register_autograd(_ring_weight_back, setup_context=_keep_rings)
