@@ -10,6 +10,7 @@ from tests.nn.test_vectors import FORM, vector_matrix
 from vptq.nn import ops
 from vptq.nn.rings import ring_weight
 from vptq.nn.vectors import vector_weight
+from vptq.quantize.rotation import Rotation
 
 
 def doubled(matrix, *names):
@@ -67,6 +68,19 @@ def test_torch_accepts_the_operators(generator, device):
     check(ops._vector_weight, (vectors.words, vectors.main, vectors.residual, *ops._vector_sizes(vectors)))
     check(ops._ring_product, (short, rings.words, rings.table, None, *ops._ring_sizes(rings)))
     check(ops._ring_weight, (rings.words, rings.table, *ops._ring_sizes(rings)))
+    check(ops._rotate, (x, 3, "out", 2, True))
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_rotation_and_its_gradient(back, generator, device):
+    rotation = Rotation(48, 5, "in", 2)
+    x = torch.randn(2, 3, 48, generator=generator).to(device).requires_grad_()
+    slope = torch.randn(2, 3, 48, generator=generator).to(device)
+    turned = ops.rotate(x, rotation, back)
+    torch.testing.assert_close(turned, rotation.undo(x) if back else rotation.apply(x))
+    (found,) = torch.autograd.grad((turned * slope).sum(), x)
+    torch.testing.assert_close(found, rotation.apply(slope) if back else rotation.undo(slope))
+    assert ops.rotate(x, None) is x
 
 
 def test_weights_are_the_plain_ones(generator, device):

@@ -1,6 +1,7 @@
 """What is stored of a trellis gives back what was chosen; the format is what docs/format.md says."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from vptq.geometry import plan_geometry
 from vptq.layer_config import LayerConfig
 from vptq.nn.reference import dequantize_packed
 from vptq.nn.rings import RingMatrix, longest_run, make_run_table, pack_rings, ring_product, ring_weight, trellis_of
+from vptq.nn.vquant_linear import VQuantLinear
 from vptq.quantize.codebook import store_codebook
 from vptq.quantize.linear import quantize_linear
 from vptq.quantize.metric import proxy_error
@@ -50,6 +52,41 @@ def test_packed_weight_is_the_quantized_one(case, shape, generator):
     found = dequantize_packed(tensors, layer, torch.float32)
     torch.testing.assert_close(found, quantized.dequantize(), rtol=1e-5, atol=1e-5)
     assert LayerConfig.from_dict("x", layer.to_dict()) == layer
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("count", [1, 6])
+def test_linears_multiply_as_their_weight_does(case, count, generator, device):
+    layer, tensors = random_layer(case, generator)
+    owner, sharer = (VQuantLinear(**own.to_dict(), dtype=torch.float32) for own in (layer, replace(layer, codebook_of="other")))
+    owner.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()})
+    own = {name: tensor for name, tensor in owner.state_dict().items() if name not in layer.codebook_shapes()}
+    sharer.load_state_dict(own)
+    sharer.share_codebook(owner)
+    owner, sharer = owner.to(device), sharer.to(device)
+    x = torch.randn(count, layer.in_features, generator=generator).to(device)
+    expected = x.double() @ owner.dequantize().double().T
+    for module in (owner, sharer):
+        torch.testing.assert_close(module(x).double(), expected, rtol=1e-4, atol=1e-3)
+    torch.compiler.reset()
+    found = torch.compile(sharer, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
+    if owner._runs is not None:
+        assert sharer._prepared[1].main.run_table is owner._prepared[1].main.run_table, "made once for all that share it"
+
+
+def random_layer(case, generator):
+    """A linear of 384 x 24 with random indices."""
+    config = LinearConfig(**BASE | CASES[case])
+    geometry, _ = plan_geometry(384, 24, config)
+    layer = LayerConfig.of(config, geometry, bias=False)
+    tensors = {}
+    for name, (shape, kind) in layer.tensor_shapes().items():
+        if kind == "float":
+            tensors[name] = torch.randn(shape, generator=generator)
+        else:
+            tensors[name] = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32)
+    return layer, tensors
 
 
 def test_bits_lie_where_the_format_says(generator):

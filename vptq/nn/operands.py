@@ -1,20 +1,74 @@
-"""What a packed linear multiplies with, from its stored tensors."""
+"""What a packed linear multiplies with, from its stored tensors, and the product itself."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vptq.layer_config import LayerConfig
-from vptq.nn.packing import from_uint16_bits, pack_bits, unpack_bits
+from vptq.nn.ops import product
+from vptq.nn.packing import from_uint16_bits, unpack_bits
 from vptq.nn.rings import RingMatrix, trellis_of
 from vptq.nn.vectors import VectorMatrix
 from vptq.quantize.codebook import expand_scales
+from vptq.quantize.result import spread_rows
 from vptq.recipe import FLOAT_BITWIDTH
 
 OUTLIER_BITS = 16  # of an index, as they are stored
+
+
+@dataclass(frozen=True)
+class Operands:
+    """A packed weight as a product takes it: x is scaled and brought into stored order, not the weight out of it.
+
+    Attributes:
+        main, outliers: columns in stored order, the outliers' first. perm: (in_features,) int64, the column of x that each is.
+        scale, offset: (in_features,) float32 of the columns of x. row_scale: (1 or out_features,) float32.
+    """
+
+    main: VectorMatrix | RingMatrix
+    outliers: VectorMatrix | None
+    perm: Tensor | None
+    scale: Tensor | None
+    offset: Tensor | None
+    row_scale: Tensor | None
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor], config: LayerConfig, main: VectorMatrix | RingMatrix) -> Operands:
+        """From stored tensors, on one device; `main` as `main_matrix` makes it."""
+        row_scale = tensors["row_scale"].float() if config.num_scales else None
+        if row_scale is not None and config.num_scales > 1:
+            row_scale = spread_rows(row_scale, config.out_features)[:, 0]
+        return Operands(
+            main=main,
+            outliers=outlier_matrix(tensors, config, main.dtype),
+            perm=from_uint16_bits(tensors["perm"]) if config.enable_perm else None,
+            scale=tensors["weight_scale"].float() if config.enable_norm else None,
+            offset=tensors["weight_bias"].float() if config.enable_norm else None,
+            row_scale=row_scale,
+        )
+
+    def product(self, x: Tensor) -> Tensor:
+        """x Wᵀ for a few rows: (n, in_features) float -> (n, out_features) in x's type; W rotated as it is stored."""
+        inputs = x.float()
+        added = None if self.offset is None else inputs @ self.offset
+        if self.scale is not None:
+            inputs = inputs * self.scale
+        if self.perm is not None:
+            inputs = inputs.index_select(1, self.perm)
+        if self.outliers is not None:
+            first = self.outliers.group_size
+            found = product(inputs[:, :first], self.outliers) + product(inputs[:, first:], self.main)
+        else:
+            found = product(inputs, self.main)
+        if added is not None:
+            found = found + added[:, None]
+        if self.row_scale is not None:
+            found = found * self.row_scale
+        return found.to(x.dtype)
 
 
 def main_matrix(tensors: Mapping[str, Tensor], config: LayerConfig, dtype: torch.dtype) -> VectorMatrix | RingMatrix:
@@ -42,8 +96,10 @@ def outlier_matrix(tensors: Mapping[str, Tensor], config: LayerConfig, dtype: to
     if not config.outlier_size:
         return None
     main = stored_centroids("outlier_centroids", tensors, config, config.num_centroids[0], config.vector_lens[0])
+    indices = tensors["outlier_indices"]
+    indices = torch.nn.functional.pad(indices, (0, indices.shape[-1] % 2)).contiguous()
     return VectorMatrix(
-        words=pack_bits(from_uint16_bits(tensors["outlier_indices"]), OUTLIER_BITS),
+        words=indices.view(torch.int32),
         main=main.to(dtype),
         residual=None,
         out_features=config.out_features,

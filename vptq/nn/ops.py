@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vptq.nn.rings import RingMatrix, ring_product, ring_weight
 from vptq.nn.vectors import VectorMatrix, split_vectors_of, vector_product, vector_weight
+from vptq.quantize.rotation import Rotation
 from vptq.quantize.trellis import Trellis
 
 
@@ -27,6 +28,11 @@ def weight(matrix: VectorMatrix | RingMatrix) -> Tensor:
     if isinstance(matrix, RingMatrix):
         return _ring_weight(matrix.words, matrix.table, *_ring_sizes(matrix))
     return _vector_weight(matrix.words, matrix.main, matrix.residual, *_vector_sizes(matrix))
+
+
+def rotate(x: Tensor, rotation: Rotation | None, back: bool = False) -> Tensor:
+    """R x for every row, or Rᵀ x with `back`: (..., size) -> the same; x itself without a rotation."""
+    return x if rotation is None else _rotate(x, rotation.seed, rotation.side, rotation.blocks, back)
 
 
 def _vector_sizes(matrix: VectorMatrix) -> tuple[int, int, bool, int, int]:
@@ -85,6 +91,17 @@ def _ring_weight(words: Tensor, table: Tensor, out_features: int, ring_len: int,
 @_ring_weight.register_fake
 def _(words: Tensor, table: Tensor, out_features: int, *_sizes: Any) -> Tensor:
     return table.new_empty(out_features, words.shape[2])
+
+
+@torch.library.custom_op("vptq::rotate", mutates_args=())
+def _rotate(x: Tensor, seed: int, side: str, blocks: int, back: bool) -> Tensor:
+    rotation = Rotation(x.shape[-1], seed, "in" if side == "in" else "out", blocks)
+    return (rotation.undo(x) if back else rotation.apply(x)).contiguous()
+
+
+@_rotate.register_fake
+def _(x: Tensor, *_settings: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _vector_gradients(matrix: VectorMatrix, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -164,3 +181,15 @@ _vector_product.register_autograd(_vector_product_back, setup_context=_keep_vect
 _vector_weight.register_autograd(_vector_weight_back, setup_context=_keep_vectors)
 _ring_product.register_autograd(_ring_product_back, setup_context=_keep_rings)
 _ring_weight.register_autograd(_ring_weight_back, setup_context=_keep_rings)
+
+
+def _keep_settings(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.settings = inputs[1:]
+
+
+def _rotate_back(ctx: Any, gradient: Tensor) -> tuple:
+    *settings, back = ctx.settings
+    return _rotate(gradient, *settings, not back), None, None, None, None  # the inverse of a rotation is its transpose
+
+
+_rotate.register_autograd(_rotate_back, setup_context=_keep_settings)

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from vptq.layer_config import LayerConfig
 from vptq.nn.operands import main_matrix, outlier_matrix, stored_centroids
+from vptq.nn.ops import weight as unpacked
 from vptq.nn.packing import from_uint16_bits, unpack_bits
-from vptq.nn.rings import RingMatrix, ring_weight
-from vptq.nn.vectors import vector_weight
 from vptq.quantize.result import look_up, spread_rows
 from vptq.quantize.rotation import LinearRotation
 
@@ -31,11 +30,10 @@ def dequantize_packed(tensors: Mapping[str, Tensor], config: LayerConfig, dtype:
 
 def dequantize_rotated(tensors: Mapping[str, Tensor], config: LayerConfig) -> Tensor:
     """The weight as it is stored, R_out W R_inᵀ; W itself where it is not rotated: (out_features, in_features) float32."""
-    main = main_matrix(tensors, config, torch.float32)
-    weight = ring_weight(main) if isinstance(main, RingMatrix) else vector_weight(main)
+    weight = unpacked(main_matrix(tensors, config, torch.float32))
     outliers = outlier_matrix(tensors, config, torch.float32)
     if outliers is not None:
-        weight = torch.cat([vector_weight(outliers), weight], 1)
+        weight = torch.cat([unpacked(outliers), weight], 1)
     return _restore(weight, tensors, config)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from vptq.geometry import WORD_BITS
 from vptq.layer_config import LayerConfig
 from vptq.nn.packing import LOW_WORD, pack_bits
-from vptq.nn.vectors import BAG_INDICES, CHUNK_WEIGHTS, FEW_ROWS, bags
+from vptq.nn.vectors import BAG_INDICES, CHUNK_WEIGHTS, bags, sums_pay
 from vptq.quantize.trellis import Trellis, new_bits
 
 WIDEST_WINDOW = 18  # bits: a table of 2^18 entries still lies in a core's cache
@@ -38,6 +38,10 @@ class RingMatrix:
     out_features: int
     ring_len: int
     run_table: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.table.dtype
 
     @property
     def height(self) -> int:
@@ -81,7 +85,7 @@ def ring_weight(matrix: RingMatrix) -> Tensor:
 def ring_product(x: Tensor, matrix: RingMatrix) -> Tensor:
     """x Wᵀ: (n, columns) float -> (n, out_features), in x's type; the arithmetic is in that of the table."""
     wide = x.to(matrix.table.dtype)
-    if len(x) <= FEW_ROWS and not x.is_cuda:
+    if sums_pay(len(x), x.device):
         return _sums_of_runs(wide, matrix).to(x.dtype)
     product = wide.new_empty(len(x), matrix.out_features)
     for first, part in _parts(matrix):

@@ -40,6 +40,10 @@ class VectorMatrix:
     residual_bits: int
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.main.dtype
+
+    @property
     def vector_len(self) -> int:
         return self.main.shape[2]
 
@@ -56,6 +60,11 @@ class VectorMatrix:
         return values & ((1 << self.main_bits) - 1), values >> self.main_bits
 
 
+def sums_pay(count: int, device: torch.device) -> bool:
+    """Whether a product with `count` rows of x is better made of sums of centroids than with the unpacked matrix."""
+    return device.type == "cpu" and count <= FEW_ROWS
+
+
 def vector_weight(matrix: VectorMatrix) -> Tensor:
     """The matrix, (out_features, groups · group_size), in the type of its codebooks."""
     columns = len(matrix.words) * matrix.group_size
@@ -68,7 +77,7 @@ def vector_weight(matrix: VectorMatrix) -> Tensor:
 def vector_product(x: Tensor, matrix: VectorMatrix) -> Tensor:
     """x Wᵀ: (n, groups · group_size) float -> (n, out_features), in x's type; the arithmetic is in that of the codebooks."""
     wide = x.to(matrix.main.dtype)
-    if matrix.along_out and len(x) <= FEW_ROWS and not x.is_cuda:
+    if matrix.along_out and sums_pay(len(x), x.device):
         return _sums_of_centroids(wide, matrix).to(x.dtype)
     product = wide.new_empty(len(x), matrix.out_features)
     for first, part in _parts(matrix):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,11 @@ from torch import Tensor, nn
 
 from vptq.errors import VptqError
 from vptq.layer_config import LayerConfig
+from vptq.nn.operands import Operands, main_matrix
+from vptq.nn.ops import rotate
 from vptq.nn.reference import dequantize_packed, dequantize_rotated, rotation_of
+from vptq.nn.rings import RingMatrix, longest_run, make_run_table
+from vptq.nn.vectors import sums_pay
 
 DTYPES = {"int32": torch.int32, "int16": torch.int16}
 
@@ -76,6 +81,8 @@ class VQuantLinear(nn.Module):
         self.layer_config = LayerConfig.from_dict(type(self).__name__, entry)
         self.cache_weight = False
         self._cached: Tensor | None = None
+        self._prepared: tuple[tuple, Operands] | None = None
+        self._runs: tuple[Tensor, Tensor] | None = None
         self._owner: tuple[VQuantLinear, ...] = ()  # in a tuple, so that it is no child of this module
         dtype = dtype or torch.get_default_dtype()
         for name, (shape, kind) in self.layer_config.tensor_shapes().items():
@@ -100,12 +107,14 @@ class VQuantLinear(nn.Module):
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """The packed tensors by their names in the file, without the bias; a shared codebook is among them."""
-        own = {name: p.detach() for name, p in self.named_parameters() if name != "bias"}
+        return {name: tensor.detach() for name, tensor in self._tensors().items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The parameters behind `stored_tensors`."""
+        own: dict[str, Tensor] = {name: p for name, p in self.named_parameters() if name != "bias"}
         if self.layer_config.stores_codebook:
             return own
-        if not self._owner:
-            raise VptqError("this linear shares the codebook of another, which it was not given", hint="use share_codebook")
-        shared = self._owner[0].stored_tensors()
+        shared = self._codebook_owner()._tensors()
         if any(tensor.is_meta for tensor in shared.values()):
             raise VptqError(
                 "the codebook that this linear shares is offloaded", hint="leave `cpu` and `disk` out of device_map"
@@ -115,6 +124,13 @@ class VQuantLinear(nn.Module):
         names = self.layer_config.codebook_shapes()
         return own | {name: shared[name].to(own["indices"].device) for name in names}
 
+    def _codebook_owner(self) -> VQuantLinear:
+        if self.layer_config.stores_codebook:
+            return self
+        if not self._owner:
+            raise VptqError("this linear shares the codebook of another, which it was not given", hint="use share_codebook")
+        return self._owner[0]
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight, (out_features, in_features), rounded to the type the codebooks are kept in, as `model/` is."""
         stored = self.stored_tensors()
@@ -122,22 +138,50 @@ class VQuantLinear(nn.Module):
         return weight if dtype is None else weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features), in x's type. A rotated weight stays rotated: inputs and outputs turn."""
+        """(..., in_features) -> (..., out_features), in x's type. A rotated weight stays rotated: inputs and outputs turn.
+
+        A few rows on a CPU are multiplied with the packed weight, more with one that is unpacked for the call.
+        """
         bias = None if self.bias is None else self.bias.to(x.dtype)
         rotation = rotation_of(self.layer_config)
-        product = rotation.outputs(nn.functional.linear(rotation.inputs(x), self._weight(x)))
-        return product if bias is None else product + bias
+        inputs = rotate(x, rotation.across)
+        rows = inputs.reshape(-1, self.in_features)
+        if not self.cache_weight and sums_pay(len(rows), x.device):
+            found = self._operands().product(rows).view(*x.shape[:-1], self.out_features)
+        else:
+            found = nn.functional.linear(inputs, self._weight(x))
+        found = rotate(found, rotation.down, back=True)
+        return found if bias is None else found + bias
 
     def _weight(self, x: Tensor) -> Tensor:
         """The weight as it is stored, in x's type: rotated where it is."""
         cached = self._cached
         if cached is not None and cached.device == x.device and cached.dtype == x.dtype:
             return cached
-        with torch.no_grad():
-            stored = {name: tensor.to(x.device) for name, tensor in self.stored_tensors().items()}
-            weight = dequantize_rotated(stored, self.layer_config).to(_float_type(stored)).to(x.dtype)
-        self._cached = weight if self.cache_weight else None
+        stored = {name: tensor.to(x.device) for name, tensor in self._tensors().items()}
+        weight = dequantize_rotated(stored, self.layer_config).to(_float_type(stored)).to(x.dtype)
+        self._cached = weight.detach() if self.cache_weight else None
         return weight
+
+    def _operands(self) -> Operands:
+        """What products take, kept until a tensor is changed or moved; made anew where gradients shall reach the codebooks."""
+        tensors = self._tensors()
+        if torch.compiler.is_compiling() or any(tensor.requires_grad for tensor in tensors.values()):
+            return Operands.of(tensors, self.layer_config, main_matrix(tensors, self.layer_config, torch.float32))
+        state = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in tensors.items())
+        if self._prepared is None or self._prepared[0] != state:
+            main = main_matrix(tensors, self.layer_config, torch.float32)
+            if isinstance(main, RingMatrix):
+                main = self._codebook_owner()._with_run_table(main)
+            self._prepared = state, Operands.of(tensors, self.layer_config, main)
+        return self._prepared[1]
+
+    def _with_run_table(self, matrix: RingMatrix) -> RingMatrix:
+        """With the table of runs of vectors, made once for all linears that share this one's codebook."""
+        if self._runs is None or not torch.equal(self._runs[0], matrix.table):
+            run = longest_run(matrix.trellis, matrix.table.shape[1])
+            self._runs = matrix.table, make_run_table(matrix.table, matrix.trellis, run)
+        return replace(matrix, table=self._runs[0], run_table=self._runs[1])
 
     def set_cache(self, on: bool) -> None:
         """Keep the dequantized weight from the next call on, or drop it."""

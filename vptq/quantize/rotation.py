@@ -85,14 +85,6 @@ class LinearRotation:
         """R_in H R_inᵀ: (..., in_features, in_features) -> the same shape."""
         return hessian if self.across is None else self.across.conjugate(hessian)
 
-    def inputs(self, x: Tensor) -> Tensor:
-        """R_in x: (..., in_features) -> the same shape."""
-        return x if self.across is None else self.across.apply(x)
-
-    def outputs(self, y: Tensor) -> Tensor:
-        """R_outᵀ y: (..., out_features) -> the same shape."""
-        return y if self.down is None else self.down.undo(y)
-
 
 NOT_ROTATED = LinearRotation(None, None)
 
