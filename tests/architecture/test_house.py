@@ -66,6 +66,7 @@ INSIDE = {  # order of files within a room, from the street up
         "evaluate",
         "compare",
         "tasks",
+        "generate",
         "allocation",
         "plan",
         "cost",
@@ -79,7 +80,7 @@ INSIDE = {  # order of files within a room, from the street up
         "settle",
         "run",
     ],
-    "cli": ["options", "show", "quantize", "eval_ppl", "eval_kl", "eval_tasks", "bits", "main"],
+    "cli": ["options", "show", "quantize", "eval_ppl", "eval_kl", "eval_tasks", "generate", "bits", "main"],
 }
 TORCH_FREE = ["errors", "recipe", "checks", "config", "geometry", "layer_config", "bits", "models.headers", "models.shapes"]
 

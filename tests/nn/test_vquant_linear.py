@@ -120,6 +120,15 @@ def test_gradients_reach_inputs_and_codebooks(generator, case, count, device):
         assert (values[0] - values[1]).item() / (2 * step) == pytest.approx((own * way).sum().item(), rel=1e-2, abs=1e-2)
 
 
+def test_works_when_made_in_inference_mode(generator):
+    _, layer, tensors = packed("out", generator)
+    x = torch.randn(1, 48, generator=generator)
+    with torch.inference_mode():
+        module = module_of(layer, tensors)
+        found = module(x)
+    torch.testing.assert_close(found, module_of(layer, tensors)(x))
+
+
 def test_changed_tensors_are_seen(generator):
     _, layer, tensors = packed("out", generator, dtype=torch.float32)
     module = module_of(layer, tensors, dtype=torch.float32)

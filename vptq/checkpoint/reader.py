@@ -13,7 +13,7 @@ from torch import Tensor
 from vptq.checkpoint.names import check_tensors
 from vptq.layer_config import LayerConfig, read_quantization_config
 from vptq.models.architecture import Skeleton, check_weights, load_skeleton, resolve_folder, tied_names
-from vptq.models.device import resolve_device
+from vptq.models.device import forced_dtype, resolve_device
 from vptq.models.headers import read_config
 from vptq.models.stream import FolderSource, TensorSource, load_module
 from vptq.nn.reference import dequantize_packed
@@ -139,6 +139,29 @@ def load_quantized(
         if hasattr(module, "set_cache"):
             module.set_cache(cache_weights)
     return model.eval()
+
+
+def load_whole(
+    model_name: str | None, device: str | None = None, *, cache_weights: bool = False, trust_remote_code: bool = False
+) -> Any:
+    """A model with all its weights in memory: an original, a dequantized or a packed one.
+
+    Args:
+        model_name: folder or hub name; None for the demo model. device: None for a GPU where there is one.
+        cache_weights: see `load_quantized`.
+    """
+    target = resolve_device(device)
+    folder = resolve_folder(model_name)
+    dtype = forced_dtype(target)
+    if is_packed(folder):
+        return load_quantized(folder, target, dtype=dtype, cache_weights=cache_weights, trust_remote_code=trust_remote_code)
+    skeleton = load_skeleton(folder, trust_remote_code, dtype)
+    source = skeleton.source()
+    check_weights(skeleton, source)
+    fill_model(skeleton, source, target, dtype)
+    with contextlib.suppress(OSError):
+        skeleton.model.generation_config = _generation_config(folder)
+    return skeleton.model.eval()
 
 
 def fill_model(skeleton: Skeleton, source: TensorSource, device: torch.device, dtype: torch.dtype | None) -> None:

@@ -15,6 +15,7 @@ COMMANDS = {
     "eval-ppl": ("vptq.cli.eval_ppl", "perplexity of an original, dequantized or packed model"),
     "eval-kl": ("vptq.cli.eval_kl", "how far a quantized model's predictions are from its original's"),
     "eval-tasks": ("vptq.cli.eval_tasks", "zero-shot tasks through lm-eval, packed models included"),
+    "generate": ("vptq.cli.generate", "let a model write on, packed models included"),
     "bits": ("vptq.cli.bits", "bits per weight of a setting, a model or a saved checkpoint"),
 }
 

@@ -168,7 +168,7 @@ class VQuantLinear(nn.Module):
         tensors = self._tensors()
         if torch.compiler.is_compiling() or any(tensor.requires_grad for tensor in tensors.values()):
             return Operands.of(tensors, self.layer_config, main_matrix(tensors, self.layer_config, torch.float32))
-        state = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in tensors.items())
+        state = tuple((name, tensor.data_ptr(), _version(tensor)) for name, tensor in tensors.items())
         if self._prepared is None or self._prepared[0] != state:
             main = main_matrix(tensors, self.layer_config, torch.float32)
             if isinstance(main, RingMatrix):
@@ -196,6 +196,11 @@ class VQuantLinear(nn.Module):
             f"vector_quant_dim={c.vector_quant_dim}, bias={c.bias}"
             + (f", rotation={c.rotation}, trellis_bits={c.trellis_bits}" if c.rotation != "none" or c.trellis_bits else "")
         )
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; one made in inference mode does not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _float_type(stored: dict[str, Tensor]) -> torch.dtype:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vptq.checkpoint.reader import fill_model, is_packed, load_quantized
+from vptq.checkpoint.reader import load_whole
 from vptq.data import load_tokenizer
 from vptq.errors import UsageError
-from vptq.models.architecture import check_weights, load_skeleton, resolve_folder
-from vptq.models.device import forced_dtype, resolve_device
+from vptq.models.architecture import resolve_folder
 
 
 def evaluate_tasks(
@@ -41,27 +40,13 @@ def evaluate_tasks(
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise UsageError("lm-eval knows no such tasks", where=unknown, hint="`lm_eval ls tasks` lists those it knows")
-    model = _whole_model(model_name, device, trust_remote_code)
+    model = load_whole(model_name, device, cache_weights=True, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(resolve_folder(model_name), trust_remote_code)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     found = simple_evaluate(
         model=wrapped, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, bootstrap_iters=1000
     )
     return {task: _figures(values) for task, values in (found or {})["results"].items()}
-
-
-def _whole_model(model_name: str | None, device: str | None, trust_remote_code: bool) -> Any:
-    """A model whose weights are all in memory; packed linears keep their dequantized weight."""
-    target = resolve_device(device)
-    folder = resolve_folder(model_name)
-    dtype = forced_dtype(target)
-    if is_packed(folder):
-        return load_quantized(folder, target, dtype=dtype, cache_weights=True, trust_remote_code=trust_remote_code)
-    skeleton = load_skeleton(folder, trust_remote_code, dtype)
-    source = skeleton.source()
-    check_weights(skeleton, source)
-    fill_model(skeleton, source, target, dtype)
-    return skeleton.model.eval()
 
 
 def _figures(values: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""Products of activations with packed linears, beside those with the weight in full: `python -m benchmarks.matmul`.
+
+    python -m benchmarks.matmul --shapes 4096x4096 --batches 1 4 64 --settings v8k65536 v6k4096 v4k256shared trellis2
+
+Settings: v6k4096 and v8k256+256 are plain linears with a codebook of their own, normalised and permuted; what ends in `shared`,
+and trellis1 to trellis4, are rotated on both sides with one codebook for the model, transforms included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import default_device, describe, show_table, timed
+from vptq.config import LinearConfig
+from vptq.geometry import plan_geometry
+from vptq.layer_config import LayerConfig
+from vptq.nn.vquant_linear import VQuantLinear
+
+SHAPES = ["4096x4096"]
+SETTINGS = ["v8k65536", "v8k4096", "v6k4096", "v8k256+256", "v4k256shared", "trellis2", "trellis3"]
+TRELLIS_STATES = 4096
+
+
+def parse_setting(name: str) -> LinearConfig:
+    """The settings that a name stands for. Raises SystemExit for one that it is not."""
+    if found := re.fullmatch(r"trellis(\d)", name):
+        shared = {"rotation": "hadamard", "codebook_scope": "shared"}
+        return LinearConfig(vector_lens=(-1, 1), num_centroids=(-1, TRELLIS_STATES), trellis_bits=int(found[1]), **shared)
+    if found := re.fullmatch(r"v(\d+)k(\d+)(?:\+(\d+))?(shared)?", name):
+        vector_len, main, residual, shared_scope = found.groups()
+        rotated = {"rotation": "hadamard", "codebook_scope": "shared"} if shared_scope else {}
+        return LinearConfig(
+            vector_lens=(-1, int(vector_len)), num_centroids=(-1, int(main)), num_res_centroids=(-1, int(residual or -1)),
+            **rotated,
+        )  # fmt: skip
+    raise SystemExit(f"error: setting {name!r} is none of: trellis1 to trellis8, v8k4096, v8k256+256, v4k256shared")
+
+
+def random_linear(config: LinearConfig, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> VQuantLinear:
+    """A packed linear with random indices and codebooks."""
+    geometry, faults = plan_geometry(*shape, config)
+    if geometry is None:
+        raise SystemExit(f"error: {faults}")
+    layer = LayerConfig.of(config, geometry, bias=False)
+    module = VQuantLinear(**layer.to_dict(), device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if name == "perm":
+            parameter.data.copy_(torch.randperm(shape[1], generator=generator, device=device).to(torch.int16))
+        elif parameter.dtype == torch.int32:
+            parameter.data.random_(-(2**31), 2**31 - 1, generator=generator)
+        else:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device=device))
+    return module
+
+
+def packed_bytes(module: VQuantLinear) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+@torch.inference_mode()
+def measure(name: str, shape: tuple[int, int], batches: list[int], dtype: torch.dtype, device: torch.device) -> list[list[str]]:
+    """One row a batch: ours, the same weight in full in each type, and how much of the full weight's bytes ours reads."""
+    module = random_linear(parse_setting(name), shape, dtype, device)
+    types = [torch.float16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
+    full: dict[torch.dtype, Tensor] = {kind: torch.randn(shape, device=device).to(kind) for kind in types}
+    rows = []
+    own = types[0]
+    for batch in batches:
+        inputs = {kind: torch.randn(batch, shape[1], device=device).to(kind) for kind in types}
+        ours = timed(functools.partial(module, inputs[own]))
+        theirs = {kind: timed(functools.partial(torch.nn.functional.linear, inputs[kind], full[kind])) for kind in types}
+        ratio = theirs[own].median / ours.median
+        rows.append([
+            f"{shape[0]}x{shape[1]}", name, str(batch), str(ours), *map(str, theirs.values()), f"{ratio:.2f}",
+            f"{packed_bytes(module) / (full[own].numel() * full[own].element_size()):.3f}",
+        ])  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--settings", nargs="+", default=SETTINGS)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 64])
+    given = parser.parse_args()
+    device = default_device()
+    names = ["float16"] if device.type == "cuda" else ["float32", "bfloat16"]
+    print(f"{describe(device)}, {torch.get_num_threads()} threads")
+    rows = []
+    for shape in given.shapes:
+        out_features, in_features = map(int, shape.split("x"))
+        for name in given.settings:
+            rows += measure(name, (out_features, in_features), given.batches, torch.float16, device)
+    show_table(["shape", "setting", "batch", "packed", *names, f"{names[0]} / packed", "bytes"], rows)
+
+
+if __name__ == "__main__":
+    main()

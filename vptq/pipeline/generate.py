@@ -1,0 +1,182 @@
+"""Let a model write on: text as it comes, and how fast it came."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vptq.checkpoint.reader import load_whole
+from vptq.data import load_tokenizer
+from vptq.errors import UsageError
+from vptq.models.architecture import resolve_folder
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: most tokens to write. temperature: 0 for the likeliest token; above, draws are from logits over it.
+        top_p: draws are among the likeliest tokens that have this probability together. seed: of the draws.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, and how fast.
+
+    Attributes:
+        prompt_seconds: until the first token was there. seconds: for all tokens after it.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prompt_seconds: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the tokens after the first; NaN where there is only one."""
+        return (self.new_tokens - 1) / self.seconds if self.new_tokens > 1 and self.seconds > 0 else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        speed = self.tokens_per_second
+        return {
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "prompt_seconds": self.prompt_seconds,
+            "seconds": self.seconds,
+            "tokens_per_second": speed if speed == speed else None,
+        }
+
+
+class Writer:
+    """A model in memory, whole, with its tokenizer.
+
+    Args:
+        model_name: folder or hub name, original, dequantized or packed; None for the demo model.
+        cache_weights: keep the dequantized weights of packed linears.
+    """
+
+    def __init__(
+        self,
+        model_name: str | None = None,
+        *,
+        device: str | None = None,
+        cache_weights: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.model = load_whole(model_name, device, cache_weights=cache_weights, trust_remote_code=trust_remote_code)
+        self.tokenizer = load_tokenizer(resolve_folder(model_name), trust_remote_code)
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens the model takes, prompt and answer together."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def encode(self, prompt: str) -> Tensor:
+        """The tokens of a text to be continued: (1, n) int64."""
+        return self._checked(self.tokenizer(prompt, return_tensors="pt").input_ids)
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> Tensor:
+        """The tokens of a conversation, by the model's own template: (1, n) int64.
+
+        Args:
+            messages: each with `role` and `content`.
+        Raises:
+            UsageError: the tokenizer has no chat template.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UsageError(
+                "this model's tokenizer has no chat template", hint="leave out --chat: the prompt is continued as it is"
+            )
+        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        return self._checked(self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids)
+
+    def write(self, tokens: Tensor, sampling: Sampling, show: Callable[[str], None] | None = None) -> Written:
+        """Go on from tokens (1, n) int64. show: called with each piece of text as it comes."""
+        most = sampling.max_new_tokens
+        if self.context is not None:
+            most = min(most, self.context - tokens.shape[1])
+        settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if sampling.temperature > 0:
+            settings = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        stream = _Stream(self.tokenizer, show)
+        padding = self.tokenizer.pad_token_id
+        torch.manual_seed(sampling.seed)
+        stream.begin()
+        with torch.inference_mode():
+            self.model.generate(
+                tokens.to(self.model.device),
+                attention_mask=torch.ones_like(tokens).to(self.model.device),
+                max_new_tokens=most,
+                streamer=stream,
+                pad_token_id=self.tokenizer.eos_token_id if padding is None else padding,
+                **settings,
+            )
+        first = stream.times[1] if len(stream.times) > 1 else stream.times[0]
+        return Written(
+            text=stream.text,
+            prompt_tokens=tokens.shape[1],
+            new_tokens=stream.count,
+            prompt_seconds=first - stream.times[0],
+            seconds=stream.times[-1] - first,
+        )
+
+    def _checked(self, tokens: Tensor) -> Tensor:
+        count = tokens.shape[1]
+        if not count:
+            raise UsageError("the prompt is empty", hint="give some text to go on from")
+        if self.context is not None and count >= self.context:
+            raise UsageError(
+                f"the prompt has {count:,} tokens, and the model takes {self.context:,}, its answer included",
+                hint="shorten the prompt",
+            )
+        return tokens
+
+
+class _Stream:
+    """What `generate` calls with the prompt, then with every token: decodes what can't change any more."""
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None] | None) -> None:
+        self.tokenizer, self.show = tokenizer, show
+        self.tokens: list[int] = []
+        self.text = ""
+        self.count = 0
+        self.times: list[float] = []
+        self._prompt_seen = False
+
+    def begin(self) -> None:
+        self.times.append(time.perf_counter())
+
+    def put(self, value: Tensor) -> None:
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self.tokens += value.flatten().tolist()
+        self.count += value.numel()
+        self.times.append(time.perf_counter())
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # half of a character: the next token has the rest
+            self._say(text)
+
+    def end(self) -> None:
+        self._say(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
+
+    def _say(self, text: str) -> None:
+        new, self.text = text[len(self.text) :], text
+        if new and self.show is not None:
+            self.show(new)
