@@ -120,6 +120,18 @@ def test_gradients_reach_inputs_and_codebooks(generator, case, count, device):
         assert (values[0] - values[1]).item() / (2 * step) == pytest.approx((own * way).sum().item(), rel=1e-2, abs=1e-2)
 
 
+def test_cached_weights_stay_within_the_limit(generator):
+    _, layer, tensors = packed("out", generator)
+    model = torch.nn.Sequential(*(module_of(layer, tensors) for _ in range(3)))
+    each = 30 * 48 * 4
+    assert cache_weights(model, limit=2 * each) == 2 * each
+    for module in model:
+        module(torch.randn(1, 48, generator=generator))
+    assert [module._cached is not None for module in model] == [True, True, False]
+    assert cache_weights(model, False) == 0 and all(module._cached is None for module in model)
+    assert cache_weights(model) == 3 * each
+
+
 def test_works_when_made_in_inference_mode(generator):
     _, layer, tensors = packed("out", generator)
     x = torch.randn(1, 48, generator=generator)

@@ -28,7 +28,7 @@ def packed(tiny_llama, text_file, tmp_path_factory):
 def test_writes_the_likeliest_tokens_and_shows_all_of_them(which, tiny_llama, packed):
     folder = tiny_llama if which == "original" else packed
     cached = which.endswith("cached")
-    writer = Writer(str(folder), device="cpu", cache_weights=cached)
+    writer = Writer(str(folder), device="cpu", cache_bytes=1e9 if cached else 0)
     tokens = writer.encode("def main(self):")
     shown = []
     written = writer.write(tokens, Sampling(max_new_tokens=9), shown.append)

@@ -40,8 +40,9 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of the draws (default: 0)")
     parser.add_argument(
-        "--cache_weights", action="store_true", default=False, help="keep dequantized weights: more speed for more memory"
-    )
+        "--cache_gb", type=_number(0, math.inf), default=0.0, metavar="FLOAT",
+        help="dequantized weights kept, in GB: more speed for more memory (default: 0; inf for all)",
+    )  # fmt: skip
     add_result_flags(parser)
     args = parser.parse_args(normalise_flags(argv))
     check_target(args.json)
@@ -55,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     writer = Writer(
-        args.model_name, device=args.device, cache_weights=args.cache_weights, trust_remote_code=args.trust_remote_code
+        args.model_name, device=args.device, cache_bytes=args.cache_gb * 1e9, trust_remote_code=args.trust_remote_code
     )
     if prompt is None:
         return _converse(writer, sampling)

@@ -12,6 +12,8 @@ from vptq.nn.vquant_linear import VQuantLinear
 class VQuantEmbedding(VQuantLinear):
     """`nn.Embedding` on packed indices and a codebook; its weight has a row a token, as a head's has."""
 
+    unpacks_whole = False
+
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) integer token numbers -> (..., in_features), in the type that the scales are kept in."""
         with torch.no_grad():

@@ -39,6 +39,7 @@ class VQuantLinear(nn.Module):
     """
 
     bias: Tensor | None
+    unpacks_whole = True  # for products of many rows; what never does has no use for a cache
 
     def __init__(
         self,
@@ -208,8 +209,20 @@ def _float_type(stored: dict[str, Tensor]) -> torch.dtype:
     return next(tensor.dtype for tensor in stored.values() if tensor.is_floating_point())
 
 
-def cache_weights(model: nn.Module, on: bool = True) -> None:
-    """Let every VQuantLinear of a model keep its dequantized weight (faster, more memory), or stop that."""
+def cache_weights(model: nn.Module, on: bool = True, limit: float | None = None) -> int:
+    """Let the VQuantLinears of a model keep their dequantized weights (faster, more memory), or stop that.
+
+    Args:
+        limit: most bytes of weights kept, in the order of the modules; None for all.
+    Returns:
+        The bytes that the kept weights will take, in the model's own float type.
+    """
+    size = getattr(model, "dtype", torch.get_default_dtype()).itemsize
+    used = 0
     for module in model.modules():
-        if isinstance(module, VQuantLinear):
-            module.set_cache(on)
+        if isinstance(module, VQuantLinear) and module.unpacks_whole:
+            needed = module.out_features * module.in_features * size
+            fits = on and (limit is None or used + needed <= limit)
+            module.set_cache(fits)
+            used += needed if fits else 0
+    return used

@@ -14,6 +14,7 @@ from vptq.checkpoint.reader import load_whole
 from vptq.data import load_tokenizer
 from vptq.errors import UsageError
 from vptq.models.architecture import resolve_folder
+from vptq.nn.vquant_linear import cache_weights
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Writer:
 
     Args:
         model_name: folder or hub name, original, dequantized or packed; None for the demo model.
-        cache_weights: keep the dequantized weights of packed linears.
+        cache_bytes: most bytes of dequantized weights of packed linears that are kept.
     """
 
     def __init__(
@@ -76,10 +77,11 @@ class Writer:
         model_name: str | None = None,
         *,
         device: str | None = None,
-        cache_weights: bool = False,
+        cache_bytes: float = 0,
         trust_remote_code: bool = False,
     ) -> None:
-        self.model = load_whole(model_name, device, cache_weights=cache_weights, trust_remote_code=trust_remote_code)
+        self.model = load_whole(model_name, device, trust_remote_code=trust_remote_code)
+        cache_weights(self.model, limit=cache_bytes)
         self.tokenizer = load_tokenizer(resolve_folder(model_name), trust_remote_code)
 
     @property
