@@ -113,6 +113,12 @@ def test_drift_of_16_bit_activations(device, dtype, away, weighted, generator):
     assert (found - expected).norm() < 1e-3 * expected.norm()
 
 
+def test_no_tokens_change_nothing():
+    accumulator = HessianAccumulator(4, torch.device("cpu"), 1, drifts=True)
+    accumulator.add(torch.empty(0, 4, dtype=torch.float16), torch.empty(1, 0), torch.empty(0, 4, dtype=torch.float16))
+    assert accumulator.num_tokens == 0 and not accumulator.mean().any() and not accumulator.mean_drift().any()
+
+
 def test_paired_runs_take_down_the_drift(generator):
     block, watcher = Block(), BlockHessians("blocks.0", paired=True)
     original, drifted = torch.randn(2, 3, 5, 4, generator=generator)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from safetensors import safe_open
 from tests.conftest import problem
 from tests.quantize.test_linear import CASES, settings
 from vptq.checkpoint.names import check_tensors, to_tensors
-from vptq.errors import CheckpointError
+from vptq.errors import CheckpointError, VptqError
 from vptq.layer_config import PLAIN_KEYS, LayerConfig
 from vptq.nn.reference import dequantize_packed
 from vptq.nn.vquant_linear import VQuantLinear, cache_weights
@@ -83,8 +85,8 @@ def test_error_is_no_more_than_that_of_torch_in_the_same_type(generator, case, c
 @ALL_CASES
 @pytest.mark.parametrize("count", [2, 6])
 def test_compiled_and_exported_alike(generator, case, count):
-    _, layer, tensors = packed(case, generator)
-    module = module_of(layer, tensors)
+    _, layer, tensors = packed(case, generator, dtype=torch.float32)
+    module = module_of(layer, tensors, dtype=torch.float32)
     x = torch.randn(count, 48, generator=generator)
     expected = module(x)
     torch.compiler.reset()
@@ -120,6 +122,69 @@ def test_gradients_reach_inputs_and_codebooks(generator, case, count, device):
         assert (values[0] - values[1]).item() / (2 * step) == pytest.approx((own * way).sum().item(), rel=1e-2, abs=1e-2)
 
 
+@ALL_CASES
+def test_exports_for_any_number_of_rows(generator, case):
+    _, layer, tensors = packed(case, generator, dtype=torch.float32)
+    module = module_of(layer, tensors, dtype=torch.float32)
+    rows = torch.export.Dim("rows", min=2, max=64)
+    exported = torch.export.export(module, (torch.randn(8, 48, generator=generator),), dynamic_shapes={"x": {0: rows}})
+    for count in (2, 4, 5, 33):
+        x = torch.randn(count, 48, generator=generator)
+        torch.testing.assert_close(exported.module()(x), module(x), rtol=1e-4, atol=1e-4)
+
+
+def test_trains_after_it_has_served(generator):
+    _, layer, tensors = packed("out", generator, dtype=torch.float32)
+    module = module_of(layer, tensors, dtype=torch.float32)
+    for cached in (False, True):
+        module.set_cache(cached)
+        with torch.inference_mode():
+            module(torch.randn(1, 48, generator=generator))
+        x = torch.randn(2, 48, generator=generator, requires_grad=True)
+        module(x).sum().backward()
+        assert torch.allclose(x.grad[0], module.dequantize().sum(0), atol=1e-4)
+
+
+def test_a_cached_weight_is_not_used_while_codebooks_learn(generator):
+    _, layer, tensors = packed("out", generator, dtype=torch.float32)
+    module = module_of(layer, tensors, dtype=torch.float32)
+    module.set_cache(True)
+    x = torch.randn(6, 48, generator=generator)
+    before = module(x)
+    module.centroids.weight.requires_grad_()
+    assert module(x).requires_grad and module(x).requires_grad
+    with torch.no_grad():
+        module.centroids.weight.mul_(2)
+    module.centroids.weight.requires_grad_(False)
+    assert not torch.allclose(module(x), before), "a codebook that was written to"
+
+
+def test_offloaded_tensors_are_told(generator):
+    _, layer, tensors = packed("out", generator)
+    for count in (1, 6):
+        module = module_of(layer, tensors)
+        module.centroids.to("meta")
+        with pytest.raises(VptqError, match="offloaded"):
+            module(torch.randn(count, 48, generator=generator))
+
+
+def test_autocast_decides_the_type(generator):
+    _, layer, tensors = packed("out", generator)
+    module = module_of(layer, tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {module(torch.randn(count, 48)).dtype for count in (1, 6)} == {torch.bfloat16}
+
+
+def test_copies_and_pickles_carry_nothing_that_is_kept(generator):
+    _, layer, tensors = packed("out", generator)
+    module = module_of(layer, tensors)
+    size = len(pickle.dumps(module))
+    module(torch.randn(1, 48, generator=generator))
+    assert module._prepared and len(pickle.dumps(module)) == size
+    assert not copy.deepcopy(module)._prepared
+    assert not module.to("meta")._prepared, "what it leaves behind is not held"
+
+
 def test_cached_weights_stay_within_the_limit(generator):
     _, layer, tensors = packed("out", generator)
     model = torch.nn.Sequential(*(module_of(layer, tensors) for _ in range(3)))
@@ -127,8 +192,8 @@ def test_cached_weights_stay_within_the_limit(generator):
     assert cache_weights(model, limit=2 * each) == 2 * each
     for module in model:
         module(torch.randn(1, 48, generator=generator))
-    assert [module._cached is not None for module in model] == [True, True, False]
-    assert cache_weights(model, False) == 0 and all(module._cached is None for module in model)
+    assert [bool(module._cached) for module in model] == [True, True, False]
+    assert cache_weights(model, False) == 0 and all(not module._cached for module in model)
     assert cache_weights(model) == 3 * each
 
 
@@ -171,14 +236,14 @@ def test_cache_keeps_the_weight_and_drops_it(generator):
     module = module_of(layer, tensors)
     x = torch.randn(2, 48, generator=generator)
     fresh = module(x)
-    assert module._cached is None
+    assert not module._cached
     cache_weights(torch.nn.Sequential(module), True)
     torch.testing.assert_close(module(x), fresh, rtol=1e-3, atol=1e-2)
-    assert module._cached is not None
+    assert bool(module._cached)
     half = module(x.half())  # a cached weight of another type is not used
     torch.testing.assert_close(half, module_of(layer, tensors)(x.half()), rtol=1e-2, atol=1e-2)
     cache_weights(torch.nn.Sequential(module), False)
-    assert module._cached is None
+    assert not module._cached
     assert set(module.state_dict()) == set(tensors), "the cache is not part of the checkpoint"
 
 

@@ -77,10 +77,10 @@ def test_half_a_character_is_not_shown(tiny_llama):
 
     shown = []
     stream = _Stream(Tokenizer(), shown.append)
-    for value in [torch.zeros(1, 4), *(torch.tensor([b]) for b in "aé!".encode())]:
+    for value in [torch.zeros(1, 4), *(torch.tensor([b]) for b in "aé\n!".encode())]:
         stream.put(value)
     stream.end()
-    assert shown == ["a", "é", "!"] and stream.count == 4
+    assert shown == ["a", "é", "\n", "!"] and stream.text == "aé\n!" and stream.count == 5
 
 
 def test_command_writes_text_to_stdout_and_speed_to_stderr(packed, tmp_path, capsys):
@@ -121,6 +121,7 @@ def test_command_converses_until_the_input_ends(tiny_llama, tmp_path, capsys, mo
         (["--prompt", "a", "--top_p", "2"], "not between 0 and 1"),
         (["--prompt", "a", "--temperature", "-1"], "not between"),
         (["--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens"),
+        (["--prompt", "a", "--seed", "99999999999999999999"], "2^63"),
         (["--chat", "--json", "-"], "has no --json"),
         (["--model", "no-such-model", "--prompt", "a"], "no-such-model"),
     ],

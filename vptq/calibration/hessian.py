@@ -39,6 +39,8 @@ class HessianAccumulator:
     def add(self, inputs: Tensor, weights: Tensor | None = None, originals: Tensor | None = None) -> None:
         """inputs: (..., in_features) float. weights: None or (groups, tokens) >= 0. originals: like inputs, where it drifts."""
         rows = inputs.reshape(-1, inputs.shape[-1])
+        if not len(rows):
+            return
         self.num_tokens += len(rows)
         away = None if originals is None else originals.reshape(rows.shape).float() - rows.float()
         for group in range(len(self.total)):

@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--top_p", type=_number(0, 1), default=1.0, metavar="FLOAT", help="draw among the likeliest of this mass (default: 1)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of the draws (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="INT", help="of the draws (default: 0)")
     parser.add_argument(
         "--cache_gb", type=_number(0, math.inf), default=0.0, metavar="FLOAT",
         help="dequantized weights kept, in GB: more speed for more memory (default: 0; inf for all)",
@@ -99,6 +99,13 @@ def _converse(writer: Writer, sampling: Sampling) -> int:
 
 def _show(text: str) -> None:
     print(text, end="", flush=True)
+
+
+def _seed(word: str) -> int:
+    value = int(word)
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{word} is not between 0 and 2^63 - 1")
+    return value
 
 
 def _number(least: float, most: float):  # type: ignore[no-untyped-def]

@@ -29,7 +29,7 @@ class RingMatrix:
 
     Attributes:
         words: (rings, ring_len · b / 32, columns) int32. table: (2^L, vector_len) float. trellis: L and b.
-        run_table: (2^(L + (m - 1) b), m · vector_len), what windows of m vectors stand for; None where it was not made.
+        run_table: (2^(L + (m - 1) b), m · vector_len), what windows of m vectors stand for; None for one at a time.
     """
 
     words: Tensor
@@ -105,10 +105,8 @@ def _parts(matrix: RingMatrix) -> Iterator[tuple[int, Tensor]]:
 
 def _sums_of_runs(x: Tensor, matrix: RingMatrix) -> Tensor:
     """As `vectors._sums_of_centroids`, a run of vectors at a time."""
-    run = longest_run(matrix.trellis, matrix.table.shape[1])
-    table = matrix.run_table
-    if table is None:
-        table = make_run_table(matrix.table, matrix.trellis, run)
+    table = matrix.table if matrix.run_table is None else matrix.run_table
+    run = table.shape[1] // matrix.table.shape[1]
     rings, _, columns = matrix.words.shape
     count = matrix.ring_len // run
     step = max(1, BAG_INDICES // (columns * count))

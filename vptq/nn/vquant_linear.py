@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 
 from vptq.errors import VptqError
 from vptq.layer_config import LayerConfig
+from vptq.nn.kept import Kept
 from vptq.nn.operands import Operands, main_matrix
 from vptq.nn.ops import rotate
 from vptq.nn.reference import dequantize_packed, dequantize_rotated, rotation_of
 from vptq.nn.rings import RingMatrix, longest_run, make_run_table
-from vptq.nn.vectors import sums_pay
+from vptq.nn.vectors import VectorMatrix, sums_pay
 
 DTYPES = {"int32": torch.int32, "int16": torch.int16}
 
@@ -30,7 +32,9 @@ class StoredCodebook(nn.Module):
 class VQuantLinear(nn.Module):
     """`nn.Linear` on packed indices and codebooks.
 
-    The weight is dequantized for every call, or once with `cache_weight` (faster, and as large as the original).
+    A few rows on a CPU are multiplied with the packed weight; otherwise the weight is unpacked for the call, or once with
+    `cache_weight` (faster, and as large as the original). What is kept between calls is made anew when a tensor is replaced
+    or written to, but for writes through `.data`, which torch does not count: call `set_cache` after those.
 
     Attributes (tensor data, named, shaped and typed as in the file, see `LayerConfig.tensor_shapes`):
         centroids, res_centroids, outlier_centroids: `StoredCodebook`.
@@ -81,9 +85,9 @@ class VQuantLinear(nn.Module):
         }
         self.layer_config = LayerConfig.from_dict(type(self).__name__, entry)
         self.cache_weight = False
-        self._cached: Tensor | None = None
-        self._prepared: tuple[tuple, Operands] | None = None
-        self._runs: tuple[Tensor, Tensor] | None = None
+        self._cached: Kept[Tensor] = Kept()
+        self._prepared: Kept[Operands] = Kept()
+        self._books: Kept[dict[str, Any]] = Kept()
         self._owner: tuple[VQuantLinear, ...] = ()  # in a tuple, so that it is no child of this module
         dtype = dtype or torch.get_default_dtype()
         for name, (shape, kind) in self.layer_config.tensor_shapes().items():
@@ -116,10 +120,6 @@ class VQuantLinear(nn.Module):
         if self.layer_config.stores_codebook:
             return own
         shared = self._codebook_owner()._tensors()
-        if any(tensor.is_meta for tensor in shared.values()):
-            raise VptqError(
-                "the codebook that this linear shares is offloaded", hint="leave `cpu` and `disk` out of device_map"
-            )
         if self.layer_config.weight_of:
             return shared
         names = self.layer_config.codebook_shapes()
@@ -139,55 +139,69 @@ class VQuantLinear(nn.Module):
         return weight if dtype is None else weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features), in x's type. A rotated weight stays rotated: inputs and outputs turn.
-
-        A few rows on a CPU are multiplied with the packed weight, more with one that is unpacked for the call.
-        """
+        """(..., in_features) -> (..., out_features), in x's type. A rotated weight stays rotated: inputs and outputs turn."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         rotation = rotation_of(self.layer_config)
         inputs = rotate(x, rotation.across)
-        rows = inputs.reshape(-1, self.in_features)
-        if not self.cache_weight and sums_pay(len(rows), x.device):
-            found = self._operands().product(rows).view(*x.shape[:-1], self.out_features)
+        tensors = self._tensors()
+        self._check_present(tensors, x)
+        if self._multiplies_packed(tensors, x):
+            rows = inputs.reshape(-1, self.in_features)
+            found = self._operands(tensors).product(rows).view(*x.shape[:-1], self.out_features)
         else:
-            found = nn.functional.linear(inputs, self._weight(x))
+            found = nn.functional.linear(inputs, self._weight(tensors, x))
         found = rotate(found, rotation.down, back=True)
         return found if bias is None else found + bias
 
-    def _weight(self, x: Tensor) -> Tensor:
+    def _check_present(self, tensors: dict[str, Tensor], x: Tensor) -> None:
+        if not x.is_meta and any(tensor.is_meta for tensor in tensors.values()):
+            raise VptqError("a packed linear's tensors are offloaded", hint="leave `cpu` and `disk` out of device_map")
+
+    def _multiplies_packed(self, tensors: dict[str, Tensor], x: Tensor) -> bool:
+        if self.cache_weight or any(tensor.device != x.device for tensor in tensors.values()):
+            return False
+        if torch.compiler.is_compiling():  # the operator chooses by the number of rows, which may not be known yet
+            return x.device.type == "cpu"
+        return sums_pay(x.numel() // self.in_features, x.device)
+
+    def _weight(self, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
         """The weight as it is stored, in x's type: rotated where it is."""
-        cached = self._cached
-        if cached is not None and cached.device == x.device and cached.dtype == x.dtype:
-            return cached
-        stored = {name: tensor.to(x.device) for name, tensor in self._tensors().items()}
-        weight = dequantize_rotated(stored, self.layer_config).to(_float_type(stored)).to(x.dtype)
-        self._cached = weight.detach() if self.cache_weight else None
-        return weight
 
-    def _operands(self) -> Operands:
-        """What products take, kept until a tensor is changed or moved; made anew where gradients shall reach the codebooks."""
-        tensors = self._tensors()
-        if torch.compiler.is_compiling() or any(tensor.requires_grad for tensor in tensors.values()):
+        def make() -> Tensor:
+            stored = {name: tensor.to(x.device) for name, tensor in tensors.items()}
+            return dequantize_rotated(stored, self.layer_config).to(_float_type(stored)).to(x.dtype)
+
+        if self.cache_weight and not _learns(tensors):
+            return self._cached.get(tensors, make, also=(x.device, x.dtype))
+        return make()
+
+    def _operands(self, tensors: dict[str, Tensor]) -> Operands:
+        """What products take; made anew where gradients shall reach the codebooks."""
+        if torch.compiler.is_compiling() or _learns(tensors):
             return Operands.of(tensors, self.layer_config, main_matrix(tensors, self.layer_config, torch.float32))
-        state = tuple((name, tensor.data_ptr(), _version(tensor)) for name, tensor in tensors.items())
-        if self._prepared is None or self._prepared[0] != state:
-            main = main_matrix(tensors, self.layer_config, torch.float32)
-            if isinstance(main, RingMatrix):
-                main = self._codebook_owner()._with_run_table(main)
-            self._prepared = state, Operands.of(tensors, self.layer_config, main)
-        return self._prepared[1]
+        return self._prepared.get(tensors, lambda: self._make_operands(tensors))
 
-    def _with_run_table(self, matrix: RingMatrix) -> RingMatrix:
-        """With the table of runs of vectors, made once for all linears that share this one's codebook."""
-        if self._runs is None or not torch.equal(self._runs[0], matrix.table):
-            run = longest_run(matrix.trellis, matrix.table.shape[1])
-            self._runs = matrix.table, make_run_table(matrix.table, matrix.trellis, run)
-        return replace(matrix, table=self._runs[0], run_table=self._runs[1])
+    def _make_operands(self, tensors: dict[str, Tensor]) -> Operands:
+        """With the float32 codebooks that are kept by the linear they belong to, for all that share them."""
+        matrix = main_matrix(tensors, self.layer_config, torch.float32)
+        codebooks = {name: tensor for name, tensor in tensors.items() if "centroids." in name}
+        books = self._codebook_owner()._books.get(codebooks, lambda: _books_of(matrix))
+        return Operands.of(tensors, self.layer_config, replace(matrix, **books))
+
+    def _forget(self) -> None:
+        for kept in (self._cached, self._prepared, self._books):
+            kept.drop()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> VQuantLinear:
+        self._forget()  # else the packed tensors of the device it leaves would stay
+        return super()._apply(*args, **kwargs)
 
     def set_cache(self, on: bool) -> None:
-        """Keep the dequantized weight from the next call on, or drop it."""
+        """Keep the dequantized weight from the next call on, or drop it; what was kept before is made anew."""
         self.cache_weight = on
-        self._cached = None
+        self._forget()
 
     def extra_repr(self) -> str:
         c = self.layer_config
@@ -199,9 +213,16 @@ class VQuantLinear(nn.Module):
         )
 
 
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; one made in inference mode does not count."""
-    return -1 if tensor.is_inference() else tensor._version
+def _books_of(matrix: VectorMatrix | RingMatrix) -> dict[str, Any]:
+    """The fields of a matrix that are its codebooks."""
+    if isinstance(matrix, VectorMatrix):
+        return {"main": matrix.main, "residual": matrix.residual}
+    run = longest_run(matrix.trellis, matrix.table.shape[1])
+    return {"table": matrix.table, "run_table": make_run_table(matrix.table, matrix.trellis, run)}
+
+
+def _learns(tensors: Mapping[str, Tensor]) -> bool:
+    return any(tensor.requires_grad for tensor in tensors.values())
 
 
 def _float_type(stored: dict[str, Tensor]) -> torch.dtype:

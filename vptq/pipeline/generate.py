@@ -16,6 +16,8 @@ from vptq.errors import UsageError
 from vptq.models.architecture import resolve_folder
 from vptq.nn.vquant_linear import cache_weights
 
+COLDEST = 1e-4  # a temperature below is the likeliest token
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -114,7 +116,7 @@ class Writer:
         if self.context is not None:
             most = min(most, self.context - tokens.shape[1])
         settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if sampling.temperature > 0:
+        if sampling.temperature > COLDEST:
             settings = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         stream = _Stream(self.tokenizer, show)
         padding = self.tokenizer.pad_token_id
@@ -127,6 +129,8 @@ class Writer:
                 max_new_tokens=most,
                 streamer=stream,
                 pad_token_id=self.tokenizer.eos_token_id if padding is None else padding,
+                num_beams=1,  # whatever the folder's generation_config says: one answer can be shown as it comes
+                num_return_sequences=1,
                 **settings,
             )
         first = stream.times[1] if len(stream.times) > 1 else stream.times[0]
@@ -155,10 +159,11 @@ class _Stream:
 
     def __init__(self, tokenizer: Any, show: Callable[[str], None] | None) -> None:
         self.tokenizer, self.show = tokenizer, show
-        self.tokens: list[int] = []
         self.text = ""
         self.count = 0
         self.times: list[float] = []
+        self._line: list[int] = []  # tokens since the last line's end: a text of any length takes the same time a token
+        self._shown = ""  # of that line
         self._prompt_seen = False
 
     def begin(self) -> None:
@@ -168,17 +173,24 @@ class _Stream:
         if not self._prompt_seen:
             self._prompt_seen = True
             return
-        self.tokens += value.flatten().tolist()
+        self._line += value.flatten().tolist()
         self.count += value.numel()
         self.times.append(time.perf_counter())
-        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # half of a character: the next token has the rest
-            self._say(text)
+        text = self._decoded()
+        if text.endswith("\ufffd") or not text.startswith(self._shown):
+            return  # half of a character, or a tokenizer that changes its mind: the next token has the rest
+        self._say(text)
+        if text.endswith("\n"):
+            self._line, self._shown = [], ""
 
     def end(self) -> None:
-        self._say(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
+        self._say(self._decoded())
+
+    def _decoded(self) -> str:
+        return str(self.tokenizer.decode(self._line, skip_special_tokens=True))
 
     def _say(self, text: str) -> None:
-        new, self.text = text[len(self.text) :], text
+        new, self._shown = text[len(self._shown) :], text
+        self.text += new
         if new and self.show is not None:
             self.show(new)
