@@ -60,7 +60,7 @@ def test_stored_tensors_are_as_announced(generator, case):
 
 
 @ALL_CASES
-@pytest.mark.parametrize("shape", [(0,), (1,), (2, 3), (1, 4, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(0,), (1,), (2, 3), (4, 5)], ids=str)
 def test_module_equals_linear_with_the_dequantized_weight(generator, case, shape, device):
     quantized, layer, tensors = packed(case, generator, dtype=torch.float32)
     module = module_of(layer, tensors, device, torch.float32)
@@ -70,7 +70,7 @@ def test_module_equals_linear_with_the_dequantized_weight(generator, case, shape
 
 
 @ALL_CASES
-@pytest.mark.parametrize("count", [1, 6])
+@pytest.mark.parametrize("count", [1, 20])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_error_is_no_more_than_that_of_torch_in_the_same_type(generator, case, count, dtype, device):
     quantized, layer, tensors = packed(case, generator, dtype=dtype)
@@ -83,7 +83,7 @@ def test_error_is_no_more_than_that_of_torch_in_the_same_type(generator, case, c
 
 
 @ALL_CASES
-@pytest.mark.parametrize("count", [2, 6])
+@pytest.mark.parametrize("count", [2, 20])
 def test_compiled_and_exported_alike(generator, case, count):
     _, layer, tensors = packed(case, generator, dtype=torch.float32)
     module = module_of(layer, tensors, dtype=torch.float32)
@@ -97,7 +97,7 @@ def test_compiled_and_exported_alike(generator, case, count):
 
 
 @ALL_CASES
-@pytest.mark.parametrize("count", [1, 6])
+@pytest.mark.parametrize("count", [1, 20])
 def test_gradients_reach_inputs_and_codebooks(generator, case, count, device):
     _, layer, tensors = packed(case, generator, dtype=torch.float32)
     module = module_of(layer, tensors, device, torch.float32)
@@ -128,7 +128,7 @@ def test_exports_for_any_number_of_rows(generator, case):
     module = module_of(layer, tensors, dtype=torch.float32)
     rows = torch.export.Dim("rows", min=2, max=64)
     exported = torch.export.export(module, (torch.randn(8, 48, generator=generator),), dynamic_shapes={"x": {0: rows}})
-    for count in (2, 4, 5, 33):
+    for count in (2, 12, 13, 33):
         x = torch.randn(count, 48, generator=generator)
         torch.testing.assert_close(exported.module()(x), module(x), rtol=1e-4, atol=1e-4)
 
@@ -149,7 +149,7 @@ def test_a_cached_weight_is_not_used_while_codebooks_learn(generator):
     _, layer, tensors = packed("out", generator, dtype=torch.float32)
     module = module_of(layer, tensors, dtype=torch.float32)
     module.set_cache(True)
-    x = torch.randn(6, 48, generator=generator)
+    x = torch.randn(20, 48, generator=generator)
     before = module(x)
     module.centroids.weight.requires_grad_()
     assert module(x).requires_grad and module(x).requires_grad
@@ -161,7 +161,7 @@ def test_a_cached_weight_is_not_used_while_codebooks_learn(generator):
 
 def test_offloaded_tensors_are_told(generator):
     _, layer, tensors = packed("out", generator)
-    for count in (1, 6):
+    for count in (1, 20):
         module = module_of(layer, tensors)
         module.centroids.to("meta")
         with pytest.raises(VptqError, match="offloaded"):
@@ -172,7 +172,7 @@ def test_autocast_decides_the_type(generator):
     _, layer, tensors = packed("out", generator)
     module = module_of(layer, tensors)
     with torch.autocast("cpu", torch.bfloat16):
-        assert {module(torch.randn(count, 48)).dtype for count in (1, 6)} == {torch.bfloat16}
+        assert {module(torch.randn(count, 48)).dtype for count in (1, 20)} == {torch.bfloat16}
 
 
 def test_copies_and_pickles_carry_nothing_that_is_kept(generator):

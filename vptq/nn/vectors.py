@@ -17,7 +17,7 @@ from vptq.quantize.result import look_up
 
 CHUNK_WEIGHTS = 1 << 20
 BAG_INDICES = 1 << 16  # looked up at once: they stay in a core's cache, and torch keeps to one thread that long
-FEW_ROWS = 4  # of x, for which sums of centroids are cheaper than a product with the unpacked matrix
+FEW_ROWS = 12  # of x, for which sums of centroids are cheaper than unpacking: measured, docs/performance.md
 
 
 @dataclass(frozen=True)
