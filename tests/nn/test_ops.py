@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 from tests.nn.test_rings import RINGS, ring_matrix
 from tests.nn.test_vectors import FORM, vector_matrix
@@ -64,7 +64,7 @@ def test_torch_accepts_the_operators(generator, device):
     rings = ring_matrix(8, 3, 1, generator, device)
     x = torch.randn(2, 48, generator=generator).to(device).requires_grad_()
     short = torch.randn(2, 24, generator=generator).to(device).requires_grad_()
-    check = opcheck
+    check = library.opcheck
     check(ops._vector_product, (x, vectors.words, vectors.main, vectors.residual, *ops._vector_sizes(vectors)))
     check(ops._vector_weight, (vectors.words, vectors.main, vectors.residual, *ops._vector_sizes(vectors)))
     check(ops._ring_product, (short, rings.words, rings.table, None, *ops._ring_sizes(rings)))

@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from vptq.nn.rings import RingMatrix, ring_product, ring_weight
 from vptq.nn.vectors import VectorMatrix, split_vectors_of, vector_product, vector_weight
@@ -48,7 +47,7 @@ def _ring_sizes(matrix: RingMatrix) -> tuple[int, int, int, int]:
     return matrix.out_features, matrix.ring_len, matrix.trellis.state_bits, matrix.trellis.step_bits
 
 
-@custom_op(
+@library.custom_op(
     "vptq::vector_product", mutates_args=(), schema="(Tensor x, Tensor words, Tensor main, Tensor? residual, " + VECTOR_SIZES
 )
 def _vector_product(
@@ -64,7 +63,9 @@ def _(x: Tensor, words: Tensor, main: Tensor, residual: Tensor | None, out_featu
     return x.new_empty(x.shape[0], out_features)
 
 
-@custom_op("vptq::vector_weight", mutates_args=(), schema="(Tensor words, Tensor main, Tensor? residual, " + VECTOR_SIZES)
+@library.custom_op(
+    "vptq::vector_weight", mutates_args=(), schema="(Tensor words, Tensor main, Tensor? residual, " + VECTOR_SIZES
+)
 def _vector_weight(
     words: Tensor, main: Tensor, residual: Tensor | None,
     out_features: int, group_size: int, along_out: bool, main_bits: int, residual_bits: int,
@@ -77,7 +78,7 @@ def _(words: Tensor, main: Tensor, residual: Tensor | None, out_features: int, g
     return main.new_empty(out_features, words.shape[0] * group_size)
 
 
-@custom_op(
+@library.custom_op(
     "vptq::ring_product", mutates_args=(), schema="(Tensor x, Tensor words, Tensor table, Tensor? run_table, " + RING_SIZES
 )
 def _ring_product(
@@ -92,7 +93,7 @@ def _(x: Tensor, words: Tensor, table: Tensor, run_table: Tensor | None, out_fea
     return x.new_empty(x.shape[0], out_features)
 
 
-@custom_op("vptq::ring_weight", mutates_args=(), schema="(Tensor words, Tensor table, " + RING_SIZES)
+@library.custom_op("vptq::ring_weight", mutates_args=(), schema="(Tensor words, Tensor table, " + RING_SIZES)
 def _ring_weight(words: Tensor, table: Tensor, out_features: int, ring_len: int, state_bits: int, step_bits: int) -> Tensor:
     return ring_weight(RingMatrix(words, table, Trellis(state_bits, step_bits), out_features, ring_len))
 
@@ -102,7 +103,9 @@ def _(words: Tensor, table: Tensor, out_features: int, *_sizes: Any) -> Tensor:
     return table.new_empty(out_features, words.shape[2])
 
 
-@custom_op("vptq::rotate", mutates_args=(), schema="(Tensor x, SymInt seed, str side, SymInt blocks, bool back) -> Tensor")
+@library.custom_op(
+    "vptq::rotate", mutates_args=(), schema="(Tensor x, SymInt seed, str side, SymInt blocks, bool back) -> Tensor"
+)
 def _rotate(x: Tensor, seed: int, side: str, blocks: int, back: bool) -> Tensor:
     rotation = Rotation(x.shape[-1], seed, "in" if side == "in" else "out", blocks)
     return (rotation.undo(x) if back else rotation.apply(x)).contiguous()
