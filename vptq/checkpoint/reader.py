@@ -18,6 +18,7 @@ from vptq.models.headers import read_config
 from vptq.models.stream import FolderSource, TensorSource, load_module
 from vptq.nn.reference import dequantize_packed
 from vptq.nn.replace import replace_linears
+from vptq.nn.vquant_linear import cache_weights as keep_weights
 
 TORCH_DTYPES = {
     "F16": torch.float16,
@@ -135,9 +136,7 @@ def load_quantized(
     model.config.quantization_config = read_config(folder)["quantization_config"]  # so that saving it again keeps it
     with contextlib.suppress(OSError):
         model.generation_config = _generation_config(folder)
-    for module in model.modules():
-        if hasattr(module, "set_cache"):
-            module.set_cache(cache_weights)
+    keep_weights(model, cache_weights)
     return model.eval()
 
 

@@ -47,6 +47,12 @@ def _ring_sizes(matrix: RingMatrix) -> tuple[int, int, int, int]:
     return matrix.out_features, matrix.ring_len, matrix.trellis.state_bits, matrix.trellis.step_bits
 
 
+def _rings_of(
+    words: Tensor, table: Tensor, run_table: Tensor | None, out_features: int, ring_len: int, state_bits: int, step_bits: int
+) -> RingMatrix:
+    return RingMatrix(words, table, Trellis(state_bits, step_bits), out_features, ring_len, run_table)
+
+
 @library.custom_op(
     "vptq::vector_product", mutates_args=(), schema="(Tensor x, Tensor words, Tensor main, Tensor? residual, " + VECTOR_SIZES
 )
@@ -85,7 +91,7 @@ def _ring_product(
     x: Tensor, words: Tensor, table: Tensor, run_table: Tensor | None,
     out_features: int, ring_len: int, state_bits: int, step_bits: int,
 ) -> Tensor:  # fmt: skip
-    return ring_product(x, RingMatrix(words, table, Trellis(state_bits, step_bits), out_features, ring_len, run_table))
+    return ring_product(x, _rings_of(words, table, run_table, out_features, ring_len, state_bits, step_bits))
 
 
 @_ring_product.register_fake
@@ -95,7 +101,7 @@ def _(x: Tensor, words: Tensor, table: Tensor, run_table: Tensor | None, out_fea
 
 @library.custom_op("vptq::ring_weight", mutates_args=(), schema="(Tensor words, Tensor table, " + RING_SIZES)
 def _ring_weight(words: Tensor, table: Tensor, out_features: int, ring_len: int, state_bits: int, step_bits: int) -> Tensor:
-    return ring_weight(RingMatrix(words, table, Trellis(state_bits, step_bits), out_features, ring_len))
+    return ring_weight(_rings_of(words, table, None, out_features, ring_len, state_bits, step_bits))
 
 
 @_ring_weight.register_fake
@@ -145,8 +151,9 @@ def _of_matrix(gradient: Tensor, x: Tensor) -> Tensor:
     return gradient.float().T @ x.float()
 
 
-def _keep_vectors(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    count = len(inputs) - 5
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    """Tensors, which come first, and sizes."""
+    count = sum(value is None or isinstance(value, Tensor) for value in inputs)
     ctx.save_for_backward(*inputs[:count])
     ctx.sizes = inputs[count:]
 
@@ -165,20 +172,9 @@ def _vector_weight_back(ctx: Any, gradient: Tensor) -> tuple:
     return (None, *_vector_gradients(VectorMatrix(*ctx.saved_tensors, *ctx.sizes), gradient), None, None, None, None, None)
 
 
-def _keep_rings(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    count = len(inputs) - 4
-    ctx.save_for_backward(*inputs[:count])
-    ctx.sizes = inputs[count:]
-
-
-def _rings_of(words: Tensor, table: Tensor, sizes: tuple) -> RingMatrix:
-    out_features, ring_len, state_bits, step_bits = sizes
-    return RingMatrix(words, table, Trellis(state_bits, step_bits), out_features, ring_len)
-
-
 def _ring_product_back(ctx: Any, gradient: Tensor) -> tuple:
     x, words, table, _ = ctx.saved_tensors
-    matrix = _rings_of(words, table, ctx.sizes)
+    matrix = _rings_of(words, table, None, *ctx.sizes)
     own = _ring_gradient(matrix, _of_matrix(gradient, x)) if ctx.needs_input_grad[2] else None
     back = gradient @ weight(matrix).to(gradient.dtype) if ctx.needs_input_grad[0] else None
     return back, None, own, None, None, None, None, None
@@ -186,13 +182,13 @@ def _ring_product_back(ctx: Any, gradient: Tensor) -> tuple:
 
 def _ring_weight_back(ctx: Any, gradient: Tensor) -> tuple:
     words, table = ctx.saved_tensors
-    return None, _ring_gradient(_rings_of(words, table, ctx.sizes), gradient), None, None, None, None
+    return None, _ring_gradient(_rings_of(words, table, None, *ctx.sizes), gradient), None, None, None, None
 
 
-_vector_product.register_autograd(_vector_product_back, setup_context=_keep_vectors)
-_vector_weight.register_autograd(_vector_weight_back, setup_context=_keep_vectors)
-_ring_product.register_autograd(_ring_product_back, setup_context=_keep_rings)
-_ring_weight.register_autograd(_ring_weight_back, setup_context=_keep_rings)
+_vector_product.register_autograd(_vector_product_back, setup_context=_keep)
+_vector_weight.register_autograd(_vector_weight_back, setup_context=_keep)
+_ring_product.register_autograd(_ring_product_back, setup_context=_keep)
+_ring_weight.register_autograd(_ring_weight_back, setup_context=_keep)
 
 
 def _keep_settings(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from vptq.geometry import WORD_BITS
 from vptq.layer_config import LayerConfig
 from vptq.nn.packing import LOW_WORD, pack_bits
-from vptq.nn.vectors import BAG_INDICES, CHUNK_WEIGHTS, bags, sums_pay
+from vptq.nn.vectors import BAG_INDICES, CHUNK_WEIGHTS, assemble, bags, multiply, sums_pay
 from vptq.quantize.trellis import Trellis, new_bits
 
 WIDEST_WINDOW = 18  # bits: a table of 2^18 entries still lies in a core's cache
@@ -76,21 +76,15 @@ def make_run_table(table: Tensor, trellis: Trellis, run: int) -> Tensor:
 
 def ring_weight(matrix: RingMatrix) -> Tensor:
     """The matrix, (out_features, columns), in the type of its table."""
-    weight = torch.empty(matrix.out_features, matrix.words.shape[2], dtype=matrix.table.dtype, device=matrix.table.device)
-    for first, part in _parts(matrix):
-        weight[first : first + len(part)] = part
-    return weight
+    return assemble(_parts(matrix), matrix.out_features, matrix.words.shape[2], matrix.table)
 
 
 def ring_product(x: Tensor, matrix: RingMatrix) -> Tensor:
     """x Wᵀ: (n, columns) float -> (n, out_features), in x's type; the arithmetic is in that of the table."""
-    wide = x.to(matrix.table.dtype)
+    wide = x.to(matrix.dtype)
     if sums_pay(len(x), x.device):
         return _sums_of_runs(wide, matrix).to(x.dtype)
-    product = wide.new_empty(len(x), matrix.out_features)
-    for first, part in _parts(matrix):
-        torch.mm(wide, part.T, out=product[:, first : first + len(part)])
-    return product.to(x.dtype)
+    return multiply(wide, _parts(matrix), matrix.out_features).to(x.dtype)
 
 
 def _parts(matrix: RingMatrix) -> Iterator[tuple[int, Tensor]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vptq.nn.packing import unpack_bits
-from vptq.quantize.result import look_up
+from vptq.quantize.result import lay_out, look_up
 
 CHUNK_WEIGHTS = 1 << 20
 BAG_INDICES = 1 << 16  # looked up at once: they stay in a core's cache, and torch keeps to one thread that long
@@ -65,24 +65,33 @@ def sums_pay(count: int, device: torch.device) -> bool:
     return device.type == "cpu" and count <= FEW_ROWS
 
 
-def vector_weight(matrix: VectorMatrix) -> Tensor:
-    """The matrix, (out_features, groups · group_size), in the type of its codebooks."""
-    columns = len(matrix.words) * matrix.group_size
-    weight = torch.empty(matrix.out_features, columns, dtype=matrix.main.dtype, device=matrix.main.device)
-    for first, part in _parts(matrix):
+def assemble(parts: Iterator[tuple[int, Tensor]], out_features: int, columns: int, like: Tensor) -> Tensor:
+    """A matrix from (first row, rows) of it: (out_features, columns), in the type and place of `like`."""
+    weight = like.new_empty(out_features, columns)
+    for first, part in parts:
         weight[first : first + len(part)] = part
     return weight
 
 
+def multiply(x: Tensor, parts: Iterator[tuple[int, Tensor]], out_features: int) -> Tensor:
+    """x Wᵀ with (first row, rows) of W, one after the other: (n, columns) -> (n, out_features)."""
+    product = x.new_empty(len(x), out_features)
+    for first, part in parts:
+        torch.mm(x, part.T, out=product[:, first : first + len(part)])
+    return product
+
+
+def vector_weight(matrix: VectorMatrix) -> Tensor:
+    """The matrix, (out_features, groups · group_size), in the type of its codebooks."""
+    return assemble(_parts(matrix), matrix.out_features, len(matrix.words) * matrix.group_size, matrix.main)
+
+
 def vector_product(x: Tensor, matrix: VectorMatrix) -> Tensor:
     """x Wᵀ: (n, groups · group_size) float -> (n, out_features), in x's type; the arithmetic is in that of the codebooks."""
-    wide = x.to(matrix.main.dtype)
+    wide = x.to(matrix.dtype)
     if matrix.along_out and sums_pay(len(x), x.device):
         return _sums_of_centroids(wide, matrix).to(x.dtype)
-    product = wide.new_empty(len(x), matrix.out_features)
-    for first, part in _parts(matrix):
-        torch.mm(wide, part.T, out=product[:, first : first + len(part)])
-    return product.to(x.dtype)
+    return multiply(wide, _parts(matrix), matrix.out_features).to(x.dtype)
 
 
 def _parts(matrix: VectorMatrix) -> Iterator[tuple[int, Tensor]]:
@@ -95,15 +104,7 @@ def _parts(matrix: VectorMatrix) -> Iterator[tuple[int, Tensor]]:
         vectors = look_up(matrix.main, main)
         if matrix.residual is not None and second is not None:
             vectors = vectors + look_up(matrix.residual, second)
-        yield start * high, _joined(vectors, matrix)[: matrix.out_features - start * high]
-
-
-def _joined(vectors: Tensor, matrix: VectorMatrix) -> Tensor:
-    """(groups, rows, vector columns, vector_len) -> (rows, columns) of the matrix; padding of columns is cut off."""
-    groups, rows, _, vector_len = vectors.shape
-    if matrix.along_out:
-        return vectors.permute(1, 3, 0, 2).reshape(rows * vector_len, -1)
-    return vectors.permute(1, 0, 2, 3).reshape(rows, groups, -1)[:, :, : matrix.group_size].reshape(rows, -1)
+        yield start * high, lay_out(vectors, matrix.along_out, matrix.group_size)[: matrix.out_features - start * high]
 
 
 def split_vectors_of(weight: Tensor, matrix: VectorMatrix) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -56,14 +56,7 @@ class Written:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         speed = self.tokens_per_second
-        return {
-            "text": self.text,
-            "prompt_tokens": self.prompt_tokens,
-            "new_tokens": self.new_tokens,
-            "prompt_seconds": self.prompt_seconds,
-            "seconds": self.seconds,
-            "tokens_per_second": speed if speed == speed else None,
-        }
+        return asdict(self) | {"tokens_per_second": speed if speed == speed else None}
 
 
 class Writer:

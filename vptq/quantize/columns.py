@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vptq.backend import use_kernels
 from vptq.config import LinearConfig
 from vptq.quantize.assign import assign_nearest
-from vptq.quantize.trellis import MOST_KERNEL_BITS, Trellis, encode_again, encode_sequences
+from vptq.quantize.trellis import Trellis, encode_again, encode_sequences, kernels_serve
 
 BEAM_SCORES = 1 << 24
 
@@ -174,7 +173,7 @@ class TrellisQuantizer(ColumnQuantizer):
         return found.reshape(len(codes), -1)[:, : self.out_features]
 
     def sweep(self, remaining: Tensor, inv_chols: Tensor) -> SweptBlock:
-        if not (use_kernels(self.table.device) and self.trellis.state_bits <= MOST_KERNEL_BITS):
+        if not kernels_serve(self.table, self.trellis):
             return super().sweep(remaining, inv_chols)
         from vptq.quantize.kernels.trellis import sweep_rings_by_kernel
 

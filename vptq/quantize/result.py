@@ -109,9 +109,16 @@ def look_up(centroids: Tensor, indices: Tensor) -> Tensor:
 
 def join_vectors(vectors: Tensor, geometry: Geometry, columns: int) -> Tensor:
     """Vectors (G, rows, vector columns, v) -> matrix (out_features, G * columns); padding is cut off."""
+    return lay_out(vectors, geometry.vector_quant_dim == "out", columns)[: geometry.out_features]
+
+
+def lay_out(vectors: Tensor, along_out: bool, columns: int) -> Tensor:
+    """Vectors (G, rows, vector columns, v), down columns or along rows, -> matrix (rows of it, G * columns).
+
+    Padding of columns is cut off, that of rows is not.
+    """
     groups, rows, vector_columns, vector_len = vectors.shape
-    if geometry.vector_quant_dim == "out":
-        matrix = vectors.permute(1, 3, 0, 2).reshape(rows * vector_len, groups * vector_columns)
-        return matrix[: geometry.out_features]
+    if along_out:
+        return vectors.permute(1, 3, 0, 2).reshape(rows * vector_len, groups * vector_columns)
     matrix = vectors.permute(1, 0, 2, 3).reshape(rows, groups, vector_columns * vector_len)
     return matrix[:, :, :columns].reshape(rows, groups * columns)

@@ -77,11 +77,16 @@ def viterbi(sequences: Tensor, weights: Tensor | None, table: Tensor, trellis: T
     Returns:
         (n, steps) int32.
     """
-    if use_kernels(table.device) and trellis.state_bits <= MOST_KERNEL_BITS:
+    if kernels_serve(table, trellis):
         from vptq.quantize.kernels.trellis import viterbi_by_kernel
 
         return viterbi_by_kernel(sequences, weights, table, trellis.state_bits, trellis.step_bits, seam)
     return plain_viterbi(sequences, weights, table, trellis, seam)
+
+
+def kernels_serve(table: Tensor, trellis: Trellis) -> bool:
+    """Whether work with a table, (2^L, vector_len), goes to the kernels."""
+    return use_kernels(table.device) and trellis.state_bits <= MOST_KERNEL_BITS
 
 
 def plain_viterbi(sequences: Tensor, weights: Tensor | None, table: Tensor, trellis: Trellis, seam: Tensor | None) -> Tensor:
