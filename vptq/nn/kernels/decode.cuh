@@ -1,0 +1,306 @@
+// From packed indices to pairs of weights, ready for the tensor cores. Compiled at run time, for one setting at a time:
+//   BF16             0: weights are float16; 1: bfloat16
+//   V                numbers of a vector; ENTRY: those that one look-up brings, a power of two, padded with zeros
+//   MAIN_BITS, RES_BITS   of an index; RES_BITS 0: no residual codebook
+//   STEP_BITS        of a trellis, 0 without one; then MAIN_BITS are read for ENTRY / V vectors at once
+//   COPIES           of a codebook in shared memory, side by side; 0: codebooks stay in global memory
+//   WIDE             1: rows of words may be read 16 bytes at a time
+//   EVEN             1: groups have a multiple of 8 columns, and those a whole number of words
+//   GROUPED          1: more than one group of columns
+//   THREADS of a block; STAGES_BYTES of shared memory for words on their way
+// A lane holds LANE_COLUMNS neighbouring columns of UNIT_ROWS rows.
+
+
+__device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
+__device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
+__device__ constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
+__device__ constexpr int gcd_of(int a, int b) { return b ? gcd_of(b, a % b) : a; }
+
+#if STEP_BITS
+constexpr int UNIT_WORDS = STEP_BITS / gcd_of(STEP_BITS, 32);
+constexpr int UNIT_VECTORS = 32 * UNIT_WORDS / STEP_BITS;
+constexpr int LANE_COLUMNS = 4;
+constexpr int LOOKUPS = UNIT_VECTORS * V / ENTRY;  // of one column
+#else
+constexpr int UNIT_VECTORS = 1;
+constexpr int INDEX_BITS = MAIN_BITS + RES_BITS;
+constexpr int LANE_COLUMNS = 8;
+#endif
+constexpr int UNIT_ROWS = UNIT_VECTORS * V;
+constexpr int PAIRS = (UNIT_ROWS + 1) / 2;  // of rows
+constexpr int WARP_COLUMNS = 32 * LANE_COLUMNS;
+constexpr int ENTRY_BYTES = 2 * ENTRY;
+constexpr int MAIN_ENTRIES = 1 << MAIN_BITS;
+constexpr int TABLE_BYTES = MAIN_ENTRIES * ENTRY_BYTES;
+constexpr int RES_TABLE_BYTES = RES_BITS ? (1 << RES_BITS) * ENTRY_BYTES : 0;
+
+struct u32x2 { u32 x, y; };
+struct alignas(16) u32x4 { u32 x, y, z, w; };
+
+DEVICE float to_float(u16 h) {
+  float f;
+#if BF16
+  f = __uint_as_float(u32(h) << 16);
+#else
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+#endif
+  return f;
+}
+
+DEVICE u16 from_float(float f) {
+  u16 h;
+#if BF16
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+#endif
+  return h;
+}
+
+DEVICE u32 pair_of(float low, float high) { return u32(from_float(low)) | (u32(from_float(high)) << 16); }
+DEVICE u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
+DEVICE u32 high_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
+
+// Copies to shared memory that are waited for later; zeros where nothing is there to read.
+DEVICE void copy_4(u32 to, const u32* from, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(there ? 4 : 0) : "memory");
+}
+DEVICE void copy_16(u32 to, const u32* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> DEVICE void await_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+struct Entry { u32 r[max_of(1, ENTRY / 2)]; };
+
+// One entry of a codebook, `offset` bytes in.
+DEVICE Entry look_up(const char* table, u32 offset) {
+  Entry e;
+  const char* p = table + offset;
+#if COPIES
+  if constexpr (ENTRY == 1) e.r[0] = *(const u16*)p;
+  if constexpr (ENTRY == 2) e.r[0] = *(const u32*)p;
+  if constexpr (ENTRY == 4) { u64 v = *(const u64*)p; e.r[0] = u32(v); e.r[1] = u32(v >> 32); }
+  if constexpr (ENTRY >= 8) {
+#pragma unroll
+    for (int i = 0; i < ENTRY / 8; i++) {
+      u32x4 v = ((const u32x4*)p)[i];
+      e.r[4 * i] = v.x; e.r[4 * i + 1] = v.y; e.r[4 * i + 2] = v.z; e.r[4 * i + 3] = v.w;
+    }
+  }
+#else
+  if constexpr (ENTRY == 1) { u16 h; asm("ld.global.nc.u16 %0, [%1];" : "=h"(h) : "l"(p)); e.r[0] = h; }
+  if constexpr (ENTRY == 2) asm("ld.global.nc.u32 %0, [%1];" : "=r"(e.r[0]) : "l"(p));
+  if constexpr (ENTRY == 4) asm("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(e.r[0]), "=r"(e.r[1]) : "l"(p));
+  if constexpr (ENTRY >= 8) {
+#pragma unroll
+    for (int i = 0; i < ENTRY / 8; i++)
+      asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
+          : "=r"(e.r[4 * i]), "=r"(e.r[4 * i + 1]), "=r"(e.r[4 * i + 2]), "=r"(e.r[4 * i + 3]) : "l"(p + 16 * i));
+  }
+#endif
+  return e;
+}
+
+// (value & mask) | copy, in one instruction.
+DEVICE u32 joined(u32 value, u32 mask, u32 copy) {
+#if COPIES > 1
+  asm("lop3.b32 %0, %0, %1, %2, 0xEA;" : "+r"(value) : "r"(mask), "r"(copy));
+  return value;
+#else
+  return value & mask;
+#endif
+}
+
+// Bits [start, start + bits) of a stream, shifted so that they count entries of `1 << SHIFT` bytes.
+template <int START, int BITS, int SHIFT, int WORDS> DEVICE u32 offset_at(const u32 (&q)[WORDS], u32 copy) {
+  constexpr u32 mask = (BITS >= 32 ? ~0u : (1u << (BITS & 31)) - 1u) << SHIFT;
+  constexpr int from = START - SHIFT;
+  if constexpr (from < 0) return joined(q[0] << (-from & 31), mask, copy);
+  else {
+    constexpr int word = from / 32, shift = from % 32;
+    constexpr bool two = shift + BITS + SHIFT > 32 && word + 1 < WORDS;
+    const u32 value = two ? __funnelshift_r(q[word], q[two ? word + 1 : word], shift) : q[word] >> shift;
+    return joined(value, mask, copy);
+  }
+}
+
+constexpr int ENTRY_SHIFT = log2_of(ENTRY_BYTES * (COPIES ? COPIES : 1));
+
+// Codebooks, as a lane looks things up in them.
+struct Tables {
+  const char *main, *residual;
+  u32 copy;  // of entries that lie side by side, this lane's own
+};
+
+// The pairs of weights of two columns: low[i] has row 2i, high[i] row 2i + 1, the first column in the lower half.
+struct Pairs { u32 low[PAIRS], high[PAIRS]; };
+
+#if STEP_BITS
+
+constexpr int LANE_WORDS = (UNIT_WORDS + 1) * LANE_COLUMNS;  // the word before the unit's own, and those
+
+template <int LOOKUP, int COLUMN> DEVICE Entry entry_of(const u32 (&q)[LANE_WORDS], const Tables& tables) {
+  u32 w[UNIT_WORDS + 1];
+#pragma unroll
+  for (int i = 0; i <= UNIT_WORDS; i++) w[i] = q[i * LANE_COLUMNS + COLUMN];
+  constexpr int end = 32 + (LOOKUP + 1) * STEP_BITS * (ENTRY / V);
+  return look_up(tables.main, offset_at<end - MAIN_BITS, MAIN_BITS, ENTRY_SHIFT>(w, tables.copy));
+}
+
+template <int PAIR, int LOOKUP> DEVICE void decode_from(const u32 (&q)[LANE_WORDS], const Tables& tables, Pairs& out) {
+  if constexpr (LOOKUP < LOOKUPS) {
+    const Entry a = entry_of<LOOKUP, 2 * PAIR>(q, tables), b = entry_of<LOOKUP, 2 * PAIR + 1>(q, tables);
+    if constexpr (ENTRY == 1) {
+      if constexpr (LOOKUP % 2 == 0) out.low[LOOKUP / 2] = low_halves(a.r[0], b.r[0]);
+      else out.high[LOOKUP / 2] = low_halves(a.r[0], b.r[0]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < ENTRY / 2; i++) {
+        out.low[LOOKUP * ENTRY / 2 + i] = low_halves(a.r[i], b.r[i]);
+        out.high[LOOKUP * ENTRY / 2 + i] = high_halves(a.r[i], b.r[i]);
+      }
+    }
+    decode_from<PAIR, LOOKUP + 1>(q, tables, out);
+  }
+}
+
+template <int PAIR> DEVICE void decode(const u32 (&q)[LANE_WORDS], const Tables& tables, Pairs& out, Pairs&) {
+  decode_from<PAIR, 0>(q, tables, out);
+}
+
+#else
+
+constexpr int LANE_BITS = LANE_COLUMNS * INDEX_BITS;
+constexpr bool WHOLE_WORDS = LANE_BITS % 32 == 0;
+constexpr int LANE_WORDS = (LANE_BITS + 31) / 32 + (WHOLE_WORDS ? 0 : 1);
+
+DEVICE void pairs_of(const Entry& a, const Entry& b, Pairs& out) {
+#pragma unroll
+  for (int i = 0; i < PAIRS; i++) {
+    out.low[i] = low_halves(a.r[i], b.r[i]);
+    out.high[i] = high_halves(a.r[i], b.r[i]);
+  }
+}
+
+template <int START, int BITS> DEVICE Entry entry_at(const u32 (&q)[LANE_WORDS], const char* table, u32 copy) {
+  return look_up(table, offset_at<START, BITS, ENTRY_SHIFT>(q, copy));
+}
+
+template <int PAIR> DEVICE void decode(const u32 (&q)[LANE_WORDS], const Tables& t, Pairs& out, Pairs& second) {
+  constexpr int first = 2 * PAIR * INDEX_BITS, next = first + INDEX_BITS;
+  pairs_of(entry_at<first, MAIN_BITS>(q, t.main, t.copy), entry_at<next, MAIN_BITS>(q, t.main, t.copy), out);
+  if constexpr (RES_BITS > 0)
+    pairs_of(entry_at<first + MAIN_BITS, RES_BITS>(q, t.residual, t.copy),
+             entry_at<next + MAIN_BITS, RES_BITS>(q, t.residual, t.copy), second);
+}
+
+#endif
+
+// A packed matrix as kernels take it.
+struct Matrix {
+  const u32* words;
+  const char *main, *residual;  // codebooks (groups, entries, ENTRY), padded
+  int row_words;                // from a row of words to the next
+  int units;                    // runs of UNIT_ROWS rows, of one group
+  int out_features, groups, group_size;
+  int ring_words;               // words of a ring, one below the other; 0 without rings
+  int last_words;               // the last place from which one lane's words can be read
+};
+
+// The words that hold a lane's columns of a unit are copied to its own places in shared memory, so that many are on their way
+// at once and no thread waits for another. Word i of a thread lies at i · THREADS + its number, by 16 bytes where WIDE.
+constexpr int LANE_COPIES = WIDE ? LANE_WORDS / 4 : LANE_WORDS;
+constexpr int STAGE_BYTES = LANE_WORDS * 4 * THREADS;
+constexpr int STAGES = max_of(2, min_of(8, STAGES_BYTES / STAGE_BYTES));
+
+// From a lane's first word. Past the end of a row what comes next is read: it meets zeros of x, or rows of W that nobody asks
+// for. (Places past the last must not all become the last: thousands of readers of one address wait for each other.)
+DEVICE void begin_words(const Matrix& m, int place, int unit, u32 stage) {
+#if STEP_BITS
+  const int ring_units = m.ring_words / UNIT_WORDS;
+  const int before = unit % ring_units ? -m.row_words : (m.ring_words - 1) * m.row_words;
+#pragma unroll
+  for (int i = 0; i <= UNIT_WORDS; i++) {
+    const int at = place + (i ? (i - 1) * m.row_words : before);
+#if WIDE
+    copy_16(stage + 16 * i * THREADS, m.words + at, at <= m.last_words);
+#else
+#pragma unroll
+    for (int c = 0; c < 4; c++) copy_4(stage + 4 * (4 * i + c) * THREADS, m.words + at + c, at + c <= m.last_words);
+#endif
+  }
+#elif WIDE
+#pragma unroll
+  for (int i = 0; i < LANE_COPIES; i++) copy_16(stage + 16 * i * THREADS, m.words + place + 4 * i, place <= m.last_words);
+#elif EVEN
+#pragma unroll
+  for (int i = 0; i < LANE_COPIES; i++) copy_4(stage + 4 * i * THREADS, m.words + place + i, place <= m.last_words);
+#else
+#pragma unroll
+  for (int i = 0; i < LANE_COPIES; i++) copy_4(stage + 4 * i * THREADS, m.words + place + i, place + i <= m.last_words);
+#endif
+}
+
+// A lane's words, from its first one on, moved so that its first index begins them.
+DEVICE void align_words(u32 (&q)[LANE_WORDS], int shift) {
+#pragma unroll
+  for (int i = 0; i + 1 < LANE_WORDS; i++) q[i] = __funnelshift_r(q[i], q[i + 1], shift);
+  q[LANE_WORDS - 1] >>= shift;
+}
+
+DEVICE void take_words(const char* stage, int shift, u32 (&q)[LANE_WORDS]) {
+#if WIDE
+#pragma unroll
+  for (int i = 0; i < LANE_COPIES; i++) {
+    const u32x4 v = ((const u32x4*)stage)[i * THREADS];
+    q[4 * i] = v.x; q[4 * i + 1] = v.y; q[4 * i + 2] = v.z; q[4 * i + 3] = v.w;
+  }
+#else
+#pragma unroll
+  for (int i = 0; i < LANE_WORDS; i++) q[i] = ((const u32*)stage)[i * THREADS];
+#endif
+#if !STEP_BITS
+  if constexpr (!WHOLE_WORDS) align_words(q, shift);
+#endif
+}
+
+// Codebooks into shared memory, COPIES times side by side; where they stay in global memory, nothing.
+DEVICE void fill_tables(const Matrix& m, char* shared) {
+#if COPIES
+  constexpr int UNIT = min_of(16, ENTRY_BYTES * COPIES), FROM = min_of(16, ENTRY_BYTES);  // bytes written and read at once
+#pragma unroll
+  for (int second = 0; second < (RES_BITS ? 2 : 1); second++) {
+    const char* from = second ? m.residual : m.main;
+    char* to = shared + (second ? TABLE_BYTES * COPIES : 0);
+    const int bytes = (second ? RES_TABLE_BYTES : TABLE_BYTES) * COPIES;
+    const int shift = blockIdx.x * 2048;  // blocks begin at different places, so that they don't all ask for the same lines
+#pragma unroll 8
+    for (int i = UNIT * threadIdx.x; i < bytes; i += UNIT * blockDim.x) {
+      const int at = (i + shift) & (bytes - 1), entry = at / (ENTRY_BYTES * COPIES);
+      const char* p = from + (COPIES == 1 ? at : entry * ENTRY_BYTES + at % ENTRY_BYTES / FROM * FROM);
+      if constexpr (FROM == 16) *(u32x4*)(to + at) = *(const u32x4*)p;
+      if constexpr (FROM < 16 && COPIES == 1) *(u32x4*)(to + at) = *(const u32x4*)p;
+      if constexpr (FROM < 16 && COPIES > 1) {
+        u32 v[4];
+        if constexpr (FROM == 8) { const u64 e = *(const u64*)p; v[0] = v[2] = u32(e); v[1] = v[3] = u32(e >> 32); }
+        if constexpr (FROM == 4) v[0] = v[1] = v[2] = v[3] = *(const u32*)p;
+        if constexpr (FROM == 2) v[0] = v[1] = v[2] = v[3] = *(const u16*)p * 0x10001u;
+        if constexpr (UNIT == 16) *(u32x4*)(to + at) = {v[0], v[1], v[2], v[3]};
+        if constexpr (UNIT == 8) *(u64*)(to + at) = v[0] | u64(v[1]) << 32;
+        if constexpr (UNIT == 4) *(u32*)(to + at) = v[0];
+      }
+    }
+  }
+#endif
+}
+
+// Where a lane's look-ups go, for a group of columns.
+DEVICE Tables tables_of(const Matrix& m, const char* shared, int group) {
+#if COPIES
+  return {shared, shared + TABLE_BYTES * COPIES, threadIdx.x % COPIES * ENTRY_BYTES};
+#else
+  return {m.main + i64(group) * TABLE_BYTES, m.residual + i64(group) * RES_TABLE_BYTES, 0};
+#endif
+}

@@ -1,0 +1,156 @@
+"""Packed matrices as the CUDA kernels take them: codebooks in 16 bits, padded, and what the sources are compiled with."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vptq.nn.rings import RingMatrix, make_run_table
+from vptq.nn.vectors import VectorMatrix
+
+LONGEST_ENTRY = 16  # numbers that one look-up brings
+MOST_INDEX_BITS = 20  # of one codebook
+SHARED_TABLES = 128 << 10  # bytes of codebooks that still fit in shared memory beside the rest
+COPIED_TABLES = 64 << 10  # bytes up to which copies of a codebook pay
+BANK_BYTES = 128  # that shared memory serves at once
+FLOATS = (torch.float16, torch.bfloat16)
+
+
+class MatrixStruct(ctypes.Structure):
+    """`Matrix` of decode.cuh."""
+
+    _fields_ = [
+        ("words", ctypes.c_void_p), ("main", ctypes.c_void_p), ("residual", ctypes.c_void_p), ("row_words", ctypes.c_int),
+        ("units", ctypes.c_int), ("out_features", ctypes.c_int), ("groups", ctypes.c_int), ("group_size", ctypes.c_int),
+        ("ring_words", ctypes.c_int), ("last_words", ctypes.c_int),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KernelMatrix:
+    """A packed matrix on a GPU, in the form of the kernels.
+
+    Attributes:
+        words: as in `VectorMatrix` or `RingMatrix`. main, residual: (groups, 2^bits, entry) of 16 bits a number.
+        defines: what decode.cuh is compiled with. struct: what it is given.
+        columns: of the matrix. table_bytes: of its codebooks, once.
+    """
+
+    words: Tensor
+    main: Tensor
+    residual: Tensor | None
+    defines: dict[str, int]
+    struct: MatrixStruct
+    columns: int
+    table_bytes: int
+
+    @property
+    def unit_rows(self) -> int:
+        """Rows of the matrix that a lane has at once."""
+        return unit_vectors(self.defines["STEP_BITS"]) * self.defines["V"]
+
+
+def takes(matrix: VectorMatrix | RingMatrix, dtype: torch.dtype) -> bool:
+    """Whether the kernels have a form for this matrix, with codebooks in `dtype`."""
+    if dtype not in FLOATS or matrix.words.numel() >= 1 << 31:
+        return False
+    if isinstance(matrix, RingMatrix):
+        length = matrix.table.shape[1]
+        return length <= LONGEST_ENTRY and length & (length - 1) == 0 and matrix.trellis.state_bits <= MOST_INDEX_BITS
+    bits = (matrix.main_bits, matrix.residual_bits)
+    return matrix.along_out and matrix.vector_len <= LONGEST_ENTRY and bits[0] > 0 and max(bits) <= MOST_INDEX_BITS
+
+
+def kernel_matrix(matrix: VectorMatrix | RingMatrix, dtype: torch.dtype) -> KernelMatrix:
+    """From packed tensors on a GPU, with codebooks rounded to `dtype`; `takes` says for which."""
+    if isinstance(matrix, RingMatrix):
+        return _of_rings(matrix, dtype)
+    entry = max(2, 1 << (matrix.vector_len - 1).bit_length())
+    main = _padded(matrix.main, matrix.main_bits, entry, dtype)
+    residual = None if matrix.residual is None else _padded(matrix.residual, matrix.residual_bits, entry, dtype)
+    groups, rows, row_words = matrix.words.shape
+    bits = matrix.main_bits + matrix.residual_bits
+    even = matrix.group_size % 8 == 0 and bits % 4 == 0
+    defines = {
+        "V": matrix.vector_len, "ENTRY": entry, "MAIN_BITS": matrix.main_bits, "RES_BITS": matrix.residual_bits,
+        "STEP_BITS": 0, "WIDE": int(even and bits % 16 == 0 and row_words % 4 == 0), "EVEN": int(even),
+    }  # fmt: skip
+    return _assembled(
+        matrix.words, main, residual, defines, matrix.out_features, matrix.group_size,
+        groups=groups, row_words=row_words, units=rows, ring_words=0,
+    )  # fmt: skip
+
+
+def _of_rings(matrix: RingMatrix, dtype: torch.dtype) -> KernelMatrix:
+    trellis, length = matrix.trellis, matrix.table.shape[1]
+    run = 2 if 2 * length <= LONGEST_ENTRY and _run_bytes(matrix, 2) <= SHARED_TABLES else 1
+    table = make_run_table(matrix.table, trellis, run).to(dtype).contiguous()
+    rings, ring_words, columns = matrix.words.shape
+    defines = {
+        "V": length, "ENTRY": run * length, "MAIN_BITS": trellis.state_bits + (run - 1) * trellis.step_bits, "RES_BITS": 0,
+        "STEP_BITS": trellis.step_bits, "WIDE": int(columns % 4 == 0), "EVEN": 0,
+    }  # fmt: skip
+    return _assembled(
+        matrix.words, table[None], None, defines, matrix.out_features, columns,
+        groups=1, row_words=columns, units=rings * ring_words // unit_words(trellis.step_bits), ring_words=ring_words,
+    )  # fmt: skip
+
+
+def _run_bytes(matrix: RingMatrix, run: int) -> int:
+    return 2 * run * matrix.table.shape[1] << (matrix.trellis.state_bits + (run - 1) * matrix.trellis.step_bits)
+
+
+def _assembled(
+    words: Tensor, main: Tensor, residual: Tensor | None, defines: dict[str, int], out_features: int, group_size: int,
+    *, groups: int, row_words: int, units: int, ring_words: int,
+) -> KernelMatrix:  # fmt: skip
+    size = sum(table[0].numel() * 2 for table in (main, residual) if table is not None)
+    defines = defines | {
+        "BF16": int(main.dtype == torch.bfloat16), "GROUPED": int(groups > 1),
+        "COPIES": _copies(size, 2 * defines["ENTRY"]) if groups == 1 else 0,
+    }  # fmt: skip
+    at_once = 4 if ring_words and defines["WIDE"] else lane_words(defines) if defines["EVEN"] else 1
+    struct = MatrixStruct(
+        words=words.data_ptr(), main=main.data_ptr(), residual=None if residual is None else residual.data_ptr(),
+        row_words=row_words, units=units, out_features=out_features, groups=groups, group_size=group_size,
+        ring_words=ring_words, last_words=words.numel() - at_once,
+    )  # fmt: skip
+    return KernelMatrix(words, main, residual, defines, struct, groups * group_size, size)
+
+
+def _padded(book: Tensor, bits: int, entry: int, dtype: torch.dtype) -> Tensor:
+    """(groups, k, v) -> (groups, 2^bits, entry), zeros past k and v."""
+    pad = (0, entry - book.shape[2], 0, (1 << bits) - book.shape[1])
+    return torch.nn.functional.pad(book.to(dtype), pad).contiguous()
+
+
+def _copies(size: int, entry_bytes: int) -> int:
+    """How often codebooks lie in shared memory, so that lanes that look up at once meet in fewer banks; 0: not at all."""
+    if size > SHARED_TABLES:
+        return 0
+    copies = 1
+    while 2 * copies * size <= COPIED_TABLES and 2 * copies * entry_bytes <= BANK_BYTES:
+        copies *= 2
+    return copies
+
+
+def unit_words(step_bits: int) -> int:
+    """Words of a ring that end where a vector does."""
+    return step_bits // math.gcd(step_bits, 32)
+
+
+def unit_vectors(step_bits: int) -> int:
+    """Vectors in `unit_words`; 1 without a trellis."""
+    return 32 // math.gcd(step_bits, 32) if step_bits else 1
+
+
+def lane_words(defines: dict[str, int]) -> int:
+    """Words that a lane reads at once."""
+    if defines["STEP_BITS"]:
+        return 4 * (unit_words(defines["STEP_BITS"]) + 1)
+    bits = 8 * (defines["MAIN_BITS"] + defines["RES_BITS"])
+    return -(-bits // 32) + (1 if bits % 32 else 0)

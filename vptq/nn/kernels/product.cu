@@ -1,0 +1,314 @@
+// y = x Wᵀ for a few rows of x, W read as it is packed. Weights meet the activations in the tensor cores, 16 x 8 x 16 at a time,
+// with float32 sums. Of such a product's 8 columns each has one row of x and one set of W's columns, and of its 16 rows each
+// pair has one unit of W's rows and one set; only where the sets are the same is the sum one that we want. With one row of x
+// that makes every lane's work its own: 8 sets, one unit. With 8 rows, one set and 8 units.
+//   BATCH   1, 2, 4 or 8 rows of x in a product; TILES: products side by side, for up to BATCH · TILES rows
+//   THREADS of a block; FLOAT_X, FLOAT_Y: type of x and y, else the weights' own
+//   PREPARED 1: x is ready, 16 bits, by slices; 0 (BATCH 1): every block makes it ready for itself
+
+constexpr int WARPS = THREADS / 32;
+constexpr int SETS = 8 / BATCH;
+constexpr int ROWS_X = BATCH * TILES;
+constexpr int SLICE = WARP_COLUMNS / BATCH;  // columns of a warp's step
+#if STEP_BITS
+constexpr int STEP_WORDS = SLICE, UNIT_WORDS_OR_1 = UNIT_WORDS, INDEX_BITS_OR_1 = 1;
+constexpr bool STEPS_ARE_WORDS = true;
+#define SHIFT_OF(slice) 0
+#else
+constexpr int STEP_WORDS = SLICE * INDEX_BITS / 32, UNIT_WORDS_OR_1 = 1, INDEX_BITS_OR_1 = INDEX_BITS;  // a slice's words
+#define SHIFT_OF(slice) ((((slice) - (GROUPED ? (slice) / cut.of_group : 0) * cut.of_group) * SLICE + lane_column) * INDEX_BITS & 31)
+constexpr bool STEPS_ARE_WORDS = SLICE * INDEX_BITS % 32 == 0;
+#endif
+constexpr int PAIR_FLOATS = WARPS * 2 * BATCH * ROWS_X;  // sums of a pair of rows, of all warps
+constexpr int PART_FLOATS = 4096;
+constexpr int ALL_PAIRS = BATCH == 1 ? (PAIRS + 3) / 4 * 4 : PAIRS;
+constexpr int PART_PAIRS = max_of(1, min_of(ALL_PAIRS, PART_FLOATS / PAIR_FLOATS));
+constexpr int PART_TURNS = PART_PAIRS < ALL_PAIRS ? 1 : max_of(1, min_of(8, PART_FLOATS / (PAIR_FLOATS * ALL_PAIRS)));
+
+#if FLOAT_X
+typedef float XType;
+DEVICE float x_float(float v) { return v; }
+#else
+typedef u16 XType;
+DEVICE float x_float(u16 v) { return to_float(v); }
+#endif
+#if FLOAT_Y
+typedef float YType;
+DEVICE float y_type(float v) { return v; }
+#else
+typedef u16 YType;
+DEVICE u16 y_type(float v) { return from_float(v); }
+#endif
+
+struct Product {
+  Matrix m;
+  const XType* x;         // (rows, x_stride)
+  const u16* perm;        // column of x for each stored one; null: x_first on
+  const float *scale, *offset;  // by stored column, or null
+  const float* offsets;   // PREPARED: Σ x offset of each row, or null
+  const float* added;     // (rows, out_features) added to the sums, or null
+  const float* row_scale; // by row of W, one for all, or null
+  const YType* bias;
+  YType* y;               // (rows, out_features)
+  float unit;             // what scale was divided by
+  int rows, x_stride, x_first, scale_step, warp_columns;  // scale_step 0: one row_scale; warp_columns: warps along the columns
+};
+
+DEVICE void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if BF16
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// How the columns are shared out: slices of SLICE columns, group by group, dealt to the warps that lie side by side.
+struct Slices {
+  int of_group, steps, across;
+  DEVICE Slices(const Product& p) {
+    of_group = (p.m.group_size + SLICE - 1) / SLICE;
+    across = p.warp_columns;
+    steps = ((GROUPED ? of_group * p.m.groups : of_group) + across - 1) / across;
+  }
+  DEVICE int columns() const { return steps * across * SLICE; }  // of x made ready: whole slices, zeros where there is none
+};
+
+// One row of x in stored order, scaled, 16 bits; the answer is this thread's share of Σ x offset. Eight columns at a time, all
+// of whose loads are on their way together.
+DEVICE float make_ready(const Product& p, const Slices& cut, const XType* x, u16* to) {
+  float sum = 0;
+  for (int chunk = threadIdx.x; chunk < cut.columns() / 8; chunk += THREADS) {
+    const int of_group = cut.of_group * (SLICE / 8), group = GROUPED ? chunk / of_group : 0, i = (chunk - group * of_group) * 8;
+    const int stored = group * p.m.group_size + i;
+    const int count = GROUPED && group >= p.m.groups ? 0 : max(0, min(8, p.m.group_size - i));
+    int from[8];
+    float value[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) from[j] = j >= count ? 0 : p.perm ? p.perm[stored + j] : p.x_first + stored + j;
+#pragma unroll
+    for (int j = 0; j < 8; j++) value[j] = j >= count ? 0.f : x_float(x[from[j]]);
+    if (p.offset)
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum += j < count ? value[j] * p.offset[stored + j] : 0.f;
+    if (p.scale)
+#pragma unroll
+      for (int j = 0; j < 8; j++) value[j] *= j < count ? p.scale[stored + j] : 0.f;
+    u32x4 halves = {pair_of(value[0], value[1]), pair_of(value[2], value[3]), pair_of(value[4], value[5]), pair_of(value[6], value[7])};
+    *(u32x4*)(to + 8 * chunk) = halves;
+  }
+  return sum;
+}
+
+DEVICE float sum_of_block(float value, float* parts) {
+#pragma unroll
+  for (int s = 16; s; s >>= 1) value += __shfl_xor_sync(~0u, value, s);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
+  __syncthreads();
+  float sum = 0;
+  for (int i = 0; i < WARPS; i++) sum += parts[i];
+  return sum;
+}
+
+// Sums over the sets of a warp: lanes that hold the sums of the same outputs each keep some of them, the first ones the first set.
+template <int N> DEVICE void add_sets(float (&v)[N], int set) {
+  constexpr int masks[3] = {18, 9, 4};  // from a lane with sums to that whose set differs in the highest bit, the next, ...
+  int keep = N / 2;
+#pragma unroll
+  for (int stage = 0; stage < log2_of(SETS); stage++) {
+    const bool upper = set & (SETS / 2 >> stage);
+#pragma unroll
+    for (int i = 0; i < N / 2; i++)
+      if (i < keep) {
+        const float mine = upper ? v[keep + i] : v[i], other = upper ? v[i] : v[keep + i];
+        v[i] = mine + __shfl_xor_sync(~0u, other, masks[stage]);
+      }
+    keep /= 2;
+  }
+}
+
+template <int FIRST> DEVICE void add_step(const u32 (&q)[LANE_WORDS], const Tables& tables,
+                                          const u32 (&x)[TILES][LANE_COLUMNS / 2], float (&d)[TILES][PAIRS][4]) {
+  if constexpr (FIRST < LANE_COLUMNS / 2) {
+    Pairs a, b, a2, b2;
+    decode<FIRST>(q, tables, a, a2);
+    decode<FIRST + 1>(q, tables, b, b2);
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++)
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++) {
+        multiply(d[tile][i], a.low[i], a.high[i], b.low[i], b.high[i], x[tile][FIRST], x[tile][FIRST + 1]);
+        if constexpr (RES_BITS > 0)
+          multiply(d[tile][i], a2.low[i], a2.high[i], b2.low[i], b2.high[i], x[tile][FIRST], x[tile][FIRST + 1]);
+      }
+    add_step<FIRST + 2>(q, tables, x, d);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Product p) {
+  extern __shared__ u32x4 shared[];
+  const Slices cut(p);
+  char* books = (char*)shared;
+  char* stages = books + (TABLE_BYTES + RES_TABLE_BYTES) * COPIES;
+  u16* ready = (u16*)(stages + STAGES * STAGE_BYTES);
+  float* parts = (float*)(ready + (PREPARED ? 0 : cut.columns()));
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int across = cut.across, down = WARPS / across, my_across = warp % across, my_down = warp / across;
+  const int set = g / BATCH, own = g % BATCH;  // own: which unit of W, and which row of x, this lane reads
+  const int stride = across + 1;
+  const int turn_units = gridDim.x * down * BATCH, turns = (p.m.units + turn_units - 1) / turn_units;
+  const int lane_column = (set * 4 + t) * LANE_COLUMNS;
+  const int first_unit = (my_down * gridDim.x + blockIdx.x) * BATCH + own;
+
+  // Words are copied STAGES - 1 steps ahead of those that are worked on, through the same turns and steps.
+  const int turn_jump = turn_units * UNIT_WORDS_OR_1 * p.m.row_words;
+  const u32 to = shared_address(stages) + (WIDE ? 16 : 4) * threadIdx.x;
+  int ahead_slice = my_across, ahead_steps = cut.steps, ahead_unit = first_unit;
+  auto place_in_unit = [&](int slice) {
+    const int group = GROUPED ? slice / cut.of_group : 0, column = (slice - group * cut.of_group) * SLICE + lane_column;
+    return group * p.m.units * p.m.row_words + (STEP_BITS ? column : column * INDEX_BITS_OR_1 >> 5);
+  };
+  const int lane_place = place_in_unit(my_across);
+  int ahead = lane_place, ahead_turn = first_unit * UNIT_WORDS_OR_1 * p.m.row_words;
+  auto begin = [&](u32 stage) {
+    begin_words(p.m, ahead_turn + ahead, ahead_unit, to + stage);
+    close_copies();
+    const bool over = --ahead_steps == 0;
+    if (GROUPED || !STEPS_ARE_WORDS) {
+      ahead_slice = over ? my_across : ahead_slice + across;
+      ahead = place_in_unit(ahead_slice);
+    } else {
+      ahead = over ? lane_place : ahead + across * STEP_WORDS;
+    }
+    if (over) ahead_turn += turn_jump, ahead_steps = cut.steps, ahead_unit += turn_units;
+  };
+
+  let_next_begin();
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; i++) begin(i * STAGE_BYTES);
+  fill_tables(p.m, books);
+  wait_for_inputs();
+  float offset = 0;
+#if !PREPARED
+  offset = make_ready(p, cut, p.x, ready);
+  if (p.offset) offset = sum_of_block(offset, parts);
+  const u16* x_row[1] = {ready};
+#else
+  const u16* x_row[TILES];
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) {
+    const int row = tile * BATCH + own;
+    x_row[tile] = row < p.rows ? (const u16*)p.x + i64(row) * p.x_stride : nullptr;
+  }
+#endif
+  __syncthreads();
+
+  auto load_x = [&](int column, u32 (&x)[TILES][LANE_COLUMNS / 2]) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+      if constexpr (LANE_COLUMNS == 8) {
+        u32x4 v = {0, 0, 0, 0};
+        if (!PREPARED || x_row[tile]) v = *(const u32x4*)(x_row[tile] + column);
+        x[tile][0] = v.x; x[tile][1] = v.y; x[tile][2] = v.z; x[tile][3] = v.w;
+      } else {
+        u64 v = 0;
+        if (!PREPARED || x_row[tile]) v = *(const u64*)(x_row[tile] + column);
+        x[tile][0] = u32(v); x[tile][1] = u32(v >> 32);
+      }
+    }
+  };
+
+  u32 stage = 0, free_stage = (STAGES - 1) * STAGE_BYTES;
+  float d[TILES][PAIRS][4];
+  Tables tables = tables_of(p.m, books, 0);
+  for (int turn = 0; turn < turns; turn++) {
+#pragma unroll
+    for (int i = 0; i < TILES * PAIRS * 4; i++) ((float*)d)[i] = 0;
+    int slice = my_across;
+    for (int number = 0; number < cut.steps; number++, slice += across) {
+      u32 q[LANE_WORDS], x[TILES][LANE_COLUMNS / 2];
+      load_x(slice * SLICE + lane_column, x);
+      await_copies<STAGES - 2>();
+      take_words(stages + stage + (WIDE ? 16 : 4) * threadIdx.x, SHIFT_OF(slice), q);
+      begin(free_stage);
+      free_stage = stage;
+      stage = stage == (STAGES - 1) * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
+#if GROUPED && !COPIES
+      tables = tables_of(p.m, books, min(slice / cut.of_group, p.m.groups - 1));
+#endif
+      add_step<0>(q, tables, x, d);
+    }
+    const bool last = turn + 1 == turns;
+#pragma unroll
+    for (int first = 0; first < ALL_PAIRS; first += PART_PAIRS) {
+      const int slot = (turn % PART_TURNS) * down + my_down;
+      constexpr int COLUMNS = BATCH == 1 ? 1 : 2, SUMS = PART_PAIRS * 2 * COLUMNS, KEPT = SUMS / SETS;
+      const int n = 2 * t;
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++) {
+        float v[SUMS];
+#pragma unroll
+        for (int i = 0; i < SUMS; i++) {
+          const int pair = first + i / (2 * COLUMNS), high = i / COLUMNS % 2;
+          if (pair >= PAIRS) v[i] = 0;
+          else if (BATCH == 1) v[i] = g & 1 ? d[tile][pair][2 * high + 1] : d[tile][pair][2 * high];
+          else v[i] = d[tile][pair][2 * high + i % COLUMNS];
+        }
+        add_sets(v, set);
+        if ((BATCH == 1 ? t == g / 2 : n / BATCH == set))
+#pragma unroll
+          for (int i = 0; i < KEPT; i++) {
+            const int row = (set * KEPT + i) / COLUMNS, column = BATCH == 1 ? 0 : (n + (set * KEPT + i) % COLUMNS) % BATCH;
+            const int at = ((slot * 2 * PART_PAIRS + row) * BATCH + own) * ROWS_X + tile * BATCH + column;
+            parts[at * stride + my_across] = v[i];
+          }
+      }
+      if (turn % PART_TURNS != PART_TURNS - 1 && !last) continue;
+      __syncthreads();
+      const int slots = (turn % PART_TURNS + 1) * down, outputs = slots * 2 * PART_PAIRS * BATCH * ROWS_X;
+      for (int at = threadIdx.x / 8; at < (outputs + 3) / 4 * 4; at += THREADS / 8) {
+        float sum = 0;
+        if (at < outputs)
+          for (int i = threadIdx.x % 8; i < across; i += 8) sum += parts[at * stride + i];
+        sum += __shfl_xor_sync(~0u, sum, 4);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        int rest = at / ROWS_X;
+        const int row_x = at % ROWS_X, unit_own = rest % BATCH;
+        rest /= BATCH;
+        const int row = rest % (2 * PART_PAIRS) + 2 * first, done = rest / (2 * PART_PAIRS);
+        const int of_turn = turn - turn % PART_TURNS + done / down;
+        const int unit = ((of_turn * down + done % down) * gridDim.x + blockIdx.x) * BATCH + unit_own;
+        const int out = unit * UNIT_ROWS + row;
+        if (threadIdx.x % 8 || at >= outputs || row >= UNIT_ROWS || unit >= p.m.units || out >= p.m.out_features || row_x >= p.rows)
+          continue;
+        sum *= p.unit;
+        sum += PREPARED ? (p.offsets ? p.offsets[row_x] : 0.f) : offset;
+        const i64 place = i64(row_x) * p.m.out_features + out;
+        if (p.added) sum += p.added[place];
+        if (p.row_scale) sum *= p.row_scale[out * p.scale_step];
+#if FLOAT_Y
+        if (p.bias) sum += p.bias[out];
+#else
+        if (p.bias) sum += to_float(p.bias[out]);
+#endif
+        p.y[place] = y_type(sum);
+      }
+      __syncthreads();
+    }
+  }
+}
+
+#if PREPARED
+// Rows of x made ready, one a block: (rows, columns of `Slices`) 16 bits, and Σ x offset of each.
+extern "C" __global__ void __launch_bounds__(THREADS) prepare(const __grid_constant__ Product p, u16* to, float* offsets) {
+  __shared__ float parts[WARPS];
+  let_next_begin();
+  wait_for_inputs();
+  const i64 row = blockIdx.x;
+  const Slices cut(p);
+  const float sum = make_ready(p, cut, p.x + row * p.x_stride, to + row * cut.columns());
+  const float whole = sum_of_block(sum, parts);
+  if (offsets && !threadIdx.x) offsets[row] = whole;
+}
+#endif
