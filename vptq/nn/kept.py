@@ -41,6 +41,10 @@ class Kept(Generic[T]):
             self._value, self._tensors, self._state = (made,), given, state
         return made
 
+    def peek(self) -> T | None:
+        """The value as it was kept, whether it still holds or not."""
+        return None if self._value is None else self._value[0]
+
     def drop(self) -> None:
         """Forget the value."""
         self._value, self._tensors, self._state = None, (), None

@@ -39,16 +39,13 @@ class Operands:
     @staticmethod
     def of(tensors: Mapping[str, Tensor], config: LayerConfig, main: VectorMatrix | RingMatrix) -> Operands:
         """From stored tensors, on one device; `main` as `main_matrix` makes it."""
-        row_scale = tensors["row_scale"].float() if config.num_scales else None
-        if row_scale is not None and config.num_scales > 1:
-            row_scale = spread_rows(row_scale, config.out_features)[:, 0]
         return Operands(
             main=main,
             outliers=outlier_matrix(tensors, config, main.dtype),
             perm=from_uint16_bits(tensors["perm"]) if config.enable_perm else None,
             scale=tensors["weight_scale"].float() if config.enable_norm else None,
             offset=tensors["weight_bias"].float() if config.enable_norm else None,
-            row_scale=row_scale,
+            row_scale=row_scales(tensors, config),
         )
 
     def product(self, x: Tensor) -> Tensor:
@@ -71,18 +68,26 @@ class Operands:
         return found.to(x.dtype)
 
 
+def row_scales(tensors: Mapping[str, Tensor], config: LayerConfig) -> Tensor | None:
+    """What the rows are multiplied by: (1 or out_features,) float32; None for nothing."""
+    if not config.num_scales:
+        return None
+    stored = tensors["row_scale"].float()
+    return stored if config.num_scales == 1 else spread_rows(stored, config.out_features)[:, 0].contiguous()
+
+
 def main_matrix(tensors: Mapping[str, Tensor], config: LayerConfig, dtype: torch.dtype) -> VectorMatrix | RingMatrix:
     """The columns after the outliers, in stored order and scale, with codebooks of type `dtype`."""
-    main = stored_centroids("centroids", tensors, config, config.num_centroids[1], config.vector_lens[1]).to(dtype)
+    main = stored_centroids("centroids", tensors, config, config.num_centroids[1], config.vector_lens[1], dtype)
     if config.trellis_bits:
         return RingMatrix(tensors["indices"], main[0], trellis_of(config), config.out_features, config.ring_len)
     residual = None
     if config.residual_bits:
-        residual = stored_centroids("res_centroids", tensors, config, config.num_res_centroids[1], config.vector_lens[1])
+        residual = stored_centroids("res_centroids", tensors, config, config.num_res_centroids[1], config.vector_lens[1], dtype)
     return VectorMatrix(
         words=tensors["indices"],
         main=main,
-        residual=None if residual is None else residual.to(dtype),
+        residual=residual,
         out_features=config.out_features,
         group_size=config.group_size,
         along_out=config.vector_quant_dim == "out",
@@ -95,12 +100,12 @@ def outlier_matrix(tensors: Mapping[str, Tensor], config: LayerConfig, dtype: to
     """The first columns, which have a codebook of their own; None without."""
     if not config.outlier_size:
         return None
-    main = stored_centroids("outlier_centroids", tensors, config, config.num_centroids[0], config.vector_lens[0])
+    main = stored_centroids("outlier_centroids", tensors, config, config.num_centroids[0], config.vector_lens[0], dtype)
     indices = tensors["outlier_indices"]
     indices = torch.nn.functional.pad(indices, (0, indices.shape[-1] % 2)).contiguous()
     return VectorMatrix(
         words=indices.view(torch.int32),
-        main=main.to(dtype),
+        main=main,
         residual=None,
         out_features=config.out_features,
         group_size=config.outlier_size,
@@ -110,10 +115,12 @@ def outlier_matrix(tensors: Mapping[str, Tensor], config: LayerConfig, dtype: to
     )
 
 
-def stored_centroids(name: str, tensors: Mapping[str, Tensor], config: LayerConfig, k: int, vector_len: int) -> Tensor:
-    """A stored codebook's values: (codebooks, k, vector_len) float32."""
+def stored_centroids(
+    name: str, tensors: Mapping[str, Tensor], config: LayerConfig, k: int, vector_len: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """A stored codebook's values: (codebooks, k, vector_len) of type `dtype`."""
     if config.bitwidth == FLOAT_BITWIDTH:
-        return tensors[f"{name}.weight"].float().unflatten(1, (k, vector_len))
+        return tensors[f"{name}.weight"].to(dtype).unflatten(1, (k, vector_len))
     half = 2 ** (config.bitwidth - 1)
     levels = unpack_bits(tensors[f"{name}.packed"], config.bitwidth, k * vector_len).unflatten(1, (k, vector_len)) - half
-    return levels.float() * expand_scales(tensors[f"{name}.scales"].float(), config.bsize, k)
+    return (levels.float() * expand_scales(tensors[f"{name}.scales"].float(), config.bsize, k)).to(dtype)

@@ -9,9 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vptq.backend import choice
 from vptq.errors import VptqError
 from vptq.layer_config import LayerConfig
 from vptq.nn.kept import Kept
+from vptq.nn.kernels.fused import FusedLinear, fused_linear
+from vptq.nn.kernels.nvrtc import kernels_run
+from vptq.nn.kernels.operator import call as fused_call
+from vptq.nn.kernels.operator import taken_apart
+from vptq.nn.kernels.packed import FLOATS as KERNEL_TYPES
+from vptq.nn.kernels.packed import make_tables
 from vptq.nn.operands import Operands, main_matrix
 from vptq.nn.ops import rotate
 from vptq.nn.reference import dequantize_packed, dequantize_rotated, rotation_of
@@ -88,6 +95,8 @@ class VQuantLinear(nn.Module):
         self._cached: Kept[Tensor] = Kept()
         self._prepared: Kept[Operands] = Kept()
         self._books: Kept[dict[str, Any]] = Kept()
+        self._fused: Kept[tuple[FusedLinear | None, Any]] = Kept()
+        self._tables: Kept[tuple[Tensor, Tensor | None]] = Kept()
         self._owner: tuple[VQuantLinear, ...] = ()  # in a tuple, so that it is no child of this module
         dtype = dtype or torch.get_default_dtype()
         for name, (shape, kind) in self.layer_config.tensor_shapes().items():
@@ -143,10 +152,15 @@ class VQuantLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        rotation = rotation_of(self.layer_config)
-        inputs = rotate(x, rotation.across)
         tensors = self._tensors()
         self._check_present(tensors, x)
+        found = self._fused_product(tensors, x, bias)
+        return self._product(tensors, x, bias) if found is None else found
+
+    def _product(self, tensors: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+        """By torch's own operations and operators of ours, which know their gradients."""
+        rotation = rotation_of(self.layer_config)
+        inputs = rotate(x, rotation.across)
         if self._multiplies_packed(tensors, x):
             rows = inputs.reshape(-1, self.in_features)
             found = self._operands(tensors).product(rows).view(*x.shape[:-1], self.out_features)
@@ -165,6 +179,46 @@ class VQuantLinear(nn.Module):
         if torch.compiler.is_compiling():  # the operator chooses by the number of rows, which may not be known yet
             return x.device.type == "cpu"
         return sums_pay(x.numel() // self.in_features, x.device)
+
+    def _fused_product(self, tensors: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """By the kernels for packed linears on a GPU, where they have a form for this one and no gradients are asked for."""
+        if not x.is_cuda or self.cache_weight or choice() == "torch" or x.dtype not in KERNEL_TYPES:
+            return None
+        if _learns(tensors) or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+            return None
+        if torch.compiler.is_compiling():  # what is there by then: a call, or `prepare_kernels`, before compiling makes it
+            fused, parts = self._fused.peek() or (None, None)
+            return None if fused is None or parts is None or fused.dtype != x.dtype else fused_call(x, fused, parts, bias)
+        if any(tensor.device != x.device for tensor in tensors.values()):
+            return None
+        fused = self._fused_form(tensors, x.dtype)
+        return None if fused is None else fused(x, bias)
+
+    def prepare_kernels(self, dtype: torch.dtype) -> bool:
+        """Make what the GPU's kernels multiply with, for inputs of type `dtype`; whether they have a form for this linear.
+
+        The first call of the module does it as well. Before torch.compile or torch.export it has to have been done.
+        """
+        tensors = self._tensors()
+        present = all(tensor.is_cuda for tensor in tensors.values())
+        return present and dtype in KERNEL_TYPES and self._fused_form(tensors, dtype) is not None
+
+    def _fused_form(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> FusedLinear | None:
+        def make() -> tuple[FusedLinear | None, Any]:
+            device = next(iter(tensors.values())).device
+            with torch.cuda.device(device):
+                if not kernels_run(device):
+                    return None, None
+                fused = fused_linear(tensors, self.layer_config, dtype, self._kernel_tables(tensors, dtype))
+            return fused, None if fused is None else taken_apart(fused)
+
+        return self._fused.get(tensors, make, also=dtype)[0]
+
+    def _kernel_tables(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Kept by the linear that the codebook belongs to, for all that share it."""
+        codebooks = {name: tensor for name, tensor in tensors.items() if name.startswith(("centroids.", "res_centroids."))}
+        matrix = main_matrix(tensors, self.layer_config, dtype)
+        return self._codebook_owner()._tables.get(codebooks, lambda: make_tables(matrix, dtype), also=dtype)
 
     def _weight(self, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
         """The weight as it is stored, in x's type: rotated where it is."""
@@ -191,7 +245,7 @@ class VQuantLinear(nn.Module):
         return Operands.of(tensors, self.layer_config, replace(matrix, **books))
 
     def _forget(self) -> None:
-        for kept in (self._cached, self._prepared, self._books):
+        for kept in (self._cached, self._prepared, self._books, self._fused, self._tables):
             kept.drop()
 
     def _apply(self, *args: Any, **kwargs: Any) -> VQuantLinear:

@@ -269,7 +269,7 @@ DEVICE void take_words(const char* stage, int shift, u32 (&q)[LANE_WORDS]) {
 // Codebooks into shared memory, COPIES times side by side; where they stay in global memory, nothing.
 DEVICE void fill_tables(const Matrix& m, char* shared) {
 #if COPIES
-  constexpr int UNIT = min_of(16, ENTRY_BYTES * COPIES), FROM = min_of(16, ENTRY_BYTES);  // bytes written and read at once
+  constexpr int UNIT = COPIES == 1 ? 16 : min_of(16, ENTRY_BYTES * COPIES), FROM = min_of(16, ENTRY_BYTES);  // bytes written and read at once
 #pragma unroll
   for (int second = 0; second < (RES_BITS ? 2 : 1); second++) {
     const char* from = second ? m.residual : m.main;

@@ -11,6 +11,7 @@ import hashlib
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -24,6 +25,7 @@ PROGRAMMATIC_SERIALIZATION = 6  # CUlaunchAttributeID
 MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
 PREFERRED_SHARED = 9
 STATIC_SHARED = 48 << 10  # more must be asked for
+FIRST_TENSOR_CORES = 8  # major compute capability whose tensor cores the kernels are written for
 FIRST_PROGRAMMATIC = 90  # compute capability from which a kernel may begin before the one ahead of it has ended
 
 
@@ -174,6 +176,20 @@ class Kernel:
             ctypes.pointer(self._attribute), int(self._programmatic),
         )  # fmt: skip
         _driver_checked(_driver().cuLaunchKernelEx(ctypes.byref(settings), self._function, pointers, None))
+
+
+@functools.cache
+def kernels_run(device: torch.device) -> bool:
+    """Whether CUDA sources can be compiled for a GPU and run there; tried once, and said once where not."""
+    try:
+        if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] < FIRST_TENSOR_CORES:
+            return False
+        get_kernel(("common.cuh", "trial.cu"), "trial", (), device).launch((1, 1, 1), 32, 0, [])
+        torch.cuda.current_stream(device).synchronize()
+    except (VptqError, OSError, RuntimeError) as error:
+        warnings.warn(f"packed linears run without their fast kernels: {error}", stacklevel=2)
+        return False
+    return True
 
 
 @functools.cache

@@ -65,13 +65,21 @@ def takes(matrix: VectorMatrix | RingMatrix, dtype: torch.dtype) -> bool:
     return matrix.along_out and matrix.vector_len <= LONGEST_ENTRY and bits[0] > 0 and max(bits) <= MOST_INDEX_BITS
 
 
-def kernel_matrix(matrix: VectorMatrix | RingMatrix, dtype: torch.dtype) -> KernelMatrix:
-    """From packed tensors on a GPU, with codebooks rounded to `dtype`; `takes` says for which."""
+def make_tables(matrix: VectorMatrix | RingMatrix, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """`main` and `residual` of a KernelMatrix: codebooks rounded to `dtype`, entries padded. Linears with one codebook share them."""
     if isinstance(matrix, RingMatrix):
-        return _of_rings(matrix, dtype)
+        return make_run_table(matrix.table, matrix.trellis, _run(matrix)).to(dtype)[None].contiguous(), None
     entry = max(2, 1 << (matrix.vector_len - 1).bit_length())
     main = _padded(matrix.main, matrix.main_bits, entry, dtype)
-    residual = None if matrix.residual is None else _padded(matrix.residual, matrix.residual_bits, entry, dtype)
+    return main, None if matrix.residual is None else _padded(matrix.residual, matrix.residual_bits, entry, dtype)
+
+
+def kernel_matrix(matrix: VectorMatrix | RingMatrix, tables: tuple[Tensor, Tensor | None]) -> KernelMatrix:
+    """From packed tensors on a GPU and what `make_tables` made of the codebooks; `takes` says for which."""
+    main, residual = tables
+    if isinstance(matrix, RingMatrix):
+        return _of_rings(matrix, main)
+    entry = main.shape[2]
     groups, rows, row_words = matrix.words.shape
     bits = matrix.main_bits + matrix.residual_bits
     even = matrix.group_size % 8 == 0 and bits % 4 == 0
@@ -85,23 +93,24 @@ def kernel_matrix(matrix: VectorMatrix | RingMatrix, dtype: torch.dtype) -> Kern
     )  # fmt: skip
 
 
-def _of_rings(matrix: RingMatrix, dtype: torch.dtype) -> KernelMatrix:
-    trellis, length = matrix.trellis, matrix.table.shape[1]
-    run = 2 if 2 * length <= LONGEST_ENTRY and _run_bytes(matrix, 2) <= SHARED_TABLES else 1
-    table = make_run_table(matrix.table, trellis, run).to(dtype).contiguous()
+def _of_rings(matrix: RingMatrix, table: Tensor) -> KernelMatrix:
+    trellis, length, run = matrix.trellis, matrix.table.shape[1], _run(matrix)
     rings, ring_words, columns = matrix.words.shape
     defines = {
         "V": length, "ENTRY": run * length, "MAIN_BITS": trellis.state_bits + (run - 1) * trellis.step_bits, "RES_BITS": 0,
         "STEP_BITS": trellis.step_bits, "WIDE": int(columns % 4 == 0), "EVEN": 0,
     }  # fmt: skip
     return _assembled(
-        matrix.words, table[None], None, defines, matrix.out_features, columns,
+        matrix.words, table, None, defines, matrix.out_features, columns,
         groups=1, row_words=columns, units=rings * ring_words // unit_words(trellis.step_bits), ring_words=ring_words,
     )  # fmt: skip
 
 
-def _run_bytes(matrix: RingMatrix, run: int) -> int:
-    return 2 * run * matrix.table.shape[1] << (matrix.trellis.state_bits + (run - 1) * matrix.trellis.step_bits)
+def _run(matrix: RingMatrix) -> int:
+    """Vectors that one look-up brings."""
+    length = matrix.table.shape[1]
+    size = 4 * length << (matrix.trellis.state_bits + matrix.trellis.step_bits)
+    return 2 if 2 * length <= LONGEST_ENTRY and size <= SHARED_TABLES else 1
 
 
 def _assembled(
@@ -123,7 +132,9 @@ def _assembled(
 
 
 def _padded(book: Tensor, bits: int, entry: int, dtype: torch.dtype) -> Tensor:
-    """(groups, k, v) -> (groups, 2^bits, entry), zeros past k and v."""
+    """(groups, k, v) -> (groups, 2^bits, entry), zeros past k and v; the same memory where it is so already."""
+    if book.dtype == dtype and book.shape[1:] == (1 << bits, entry) and book.is_contiguous():
+        return book
     pad = (0, entry - book.shape[2], 0, (1 << bits) - book.shape[1])
     return torch.nn.functional.pad(book.to(dtype), pad).contiguous()
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vptq.nn.kernels.nvrtc import Kernel, get_kernel
-from vptq.nn.kernels.packed import KernelMatrix, MatrixStruct, lane_words
+from vptq.nn.kernels.packed import COPIED_TABLES, KernelMatrix, MatrixStruct, lane_words
 
 MOST_ROWS = 16  # of x that one launch takes
 MOST_SUMS = 64  # that a thread keeps
-THREADS = 512
+MOST_THREADS = 512
+SHARED_OF_TWO = 200 << 10  # bytes, of two blocks on a processor
+TURN_COSTS = (0.5, 2.0)  # of adding up a turn's sums, in steps; with one row of x, and with more: measured
 STAGES_BYTES = 24 << 10  # of shared memory, for words on their way
 PART_FLOATS = 4096  # sums of warps that wait to be added
 MOST_TURNS = 8
@@ -64,10 +67,6 @@ class Rows:
     row_scale: Tensor | None = None
     bias: Tensor | None = None
 
-    @property
-    def scale_step(self) -> int:
-        return 0 if self.row_scale is None or self.row_scale.numel() == 1 else 1
-
 
 @dataclass(frozen=True)
 class Cut:
@@ -95,7 +94,8 @@ def product(x: Tensor, matrix: KernelMatrix, columns: Columns, rows: Rows, out: 
         out: the codebooks' type or float32.
     """
     y = torch.empty(len(x), matrix.struct.out_features, dtype=out, device=x.device)
-    cut = cut_product(matrix, len(x), _processors(x.device))
+    properties = _properties(x.device)
+    cut = cut_product(matrix, len(x), properties.multi_processor_count, properties.shared_memory_per_block_optin)
     defines = matrix.defines | {
         "BATCH": cut.batch, "TILES": cut.tiles, "THREADS": cut.threads, "STAGES_BYTES": STAGES_BYTES,
         "FLOAT_X": int(x.dtype == torch.float32), "FLOAT_Y": int(out == torch.float32), "PREPARED": int(cut.batch > 1),
@@ -103,7 +103,7 @@ def product(x: Tensor, matrix: KernelMatrix, columns: Columns, rows: Rows, out: 
     struct = _ProductStruct(
         m=matrix.struct, y=y.data_ptr(), unit=columns.unit, rows=len(x), x_first=columns.first, warp_columns=cut.across,
         perm=_pointer(columns.perm), scale=_pointer(columns.scale), offset=_pointer(columns.offset),
-        added=_pointer(rows.added), row_scale=_pointer(rows.row_scale), bias=_pointer(rows.bias), scale_step=rows.scale_step,
+        added=_pointer(rows.added), row_scale=_pointer(rows.row_scale), bias=_pointer(rows.bias), scale_step=_scale_step(rows.row_scale),
         x=x.data_ptr(), x_stride=x.stride(0),
     )  # fmt: skip
     if cut.batch > 1:
@@ -116,60 +116,82 @@ def product(x: Tensor, matrix: KernelMatrix, columns: Columns, rows: Rows, out: 
     return y
 
 
-def weight(matrix: KernelMatrix, columns: Columns, rows: Rows, out: Tensor) -> None:
-    """The matrix in full, scaled, into `out` (out_features, columns), of the codebooks' type: stored order of columns."""
-    scaled = columns.scale is not None or columns.offset is not None or rows.row_scale is not None
-    threads = THREADS
-    defines = matrix.defines | {"THREADS": threads, "STAGES_BYTES": STAGES_BYTES, "SCALED": int(scaled)}
+def weight(
+    matrix: KernelMatrix, scale: Tensor | None, offset: Tensor | None, row_scale: Tensor | None, out: Tensor
+) -> None:
+    """The matrix in full, times scale, plus offset, times row_scale, into `out`, columns in stored order.
+
+    Args:
+        scale, offset: (columns,) of the codebooks' type, by stored column. row_scale: (1 or out_features,) float32.
+        out: (out_features, columns) of the codebooks' type, neighbours in a row beside each other.
+    """
+    d = matrix.defines
+    vector = d["WIDE"] if d["STEP_BITS"] else d["EVEN"]
+    vector = vector and out.stride(0) % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (out, scale, offset))
+    scaled = any(tensor is not None for tensor in (scale, offset, row_scale))
+    defines = d | {"THREADS": MOST_THREADS, "STAGES_BYTES": STAGES_BYTES, "SCALED": int(scaled), "VECTOR": int(vector)}
     struct = _WeightStruct(
-        m=matrix.struct, out=out.data_ptr(), scale=_pointer(columns.scale), offset=_pointer(columns.offset),
-        row_scale=_pointer(rows.row_scale), stride=out.stride(0), scale_step=rows.scale_step,
+        m=matrix.struct, out=out.data_ptr(), scale=_pointer(scale), offset=_pointer(offset), row_scale=_pointer(row_scale),
+        stride=out.stride(0), scale_step=_scale_step(row_scale),
     )  # fmt: skip
+    shared = matrix.table_bytes * d["COPIES"]
+    blocks = _properties(out.device).multi_processor_count * (1 if 2 * shared > SHARED_OF_TWO else 2)
+    _kernel("weight", defines, out.device, "weight.cu").launch((blocks, 1, 1), MOST_THREADS, shared, [struct])
+
+
+def cut_product(matrix: KernelMatrix, count: int, processors: int, most_shared: int) -> Cut:
+    """How a product with `count` rows of x is shared out over a GPU with so many processors, of so much shared memory each."""
+    found = _cut(matrix, count, processors, _threads(matrix))
+    return found if found.shared <= most_shared else _cut(matrix, count, processors, MOST_THREADS // 2)
+
+
+def fits(matrix: KernelMatrix, device: torch.device) -> bool:
+    """Whether products with any number of rows find room in shared memory."""
+    most = _properties(device).shared_memory_per_block_optin
+    cuts = (cut_product(matrix, count, _properties(device).multi_processor_count, most) for count in range(1, MOST_ROWS + 1))
+    return all(cut.shared <= most for cut in cuts)
+
+
+def _threads(matrix: KernelMatrix) -> int:
+    """Half as many where the next product can then begin to fill its shared memory before this one has ended: measured."""
     shared = matrix.table_bytes * matrix.defines["COPIES"]
-    blocks = _processors(out.device) * (1 if shared > 100 << 10 else 2)
-    _kernel("weight", defines, out.device, "weight.cu").launch((blocks, 1, 1), threads, shared, [struct])
+    return MOST_THREADS // 2 if shared >= COPIED_TABLES and not matrix.defines["STEP_BITS"] else MOST_THREADS
 
 
-def cut_product(matrix: KernelMatrix, count: int, processors: int) -> Cut:
-    """How a product with `count` rows of x is shared out over a GPU."""
+def _cut(matrix: KernelMatrix, count: int, processors: int, threads: int) -> Cut:
     d, m = matrix.defines, matrix.struct
-    threads = THREADS
     warps = threads // 32
     pairs = -(-matrix.unit_rows // 2)
     batch, tiles = _cut_rows(pairs, m.units, count, processors)
     slice_columns = 32 * (4 if d["STEP_BITS"] else 8) // batch
-    slices = -(-m.group_size // slice_columns) * m.groups
-    across = _warps_across(slices, -(-m.units // batch), warps, processors, 8 if d["STEP_BITS"] or batch > 1 else 4)
+    slices, units = -(-m.group_size // slice_columns) * m.groups, -(-m.units // batch)
+    across = _warps_across(slices, units, warps, processors, TURN_COSTS[batch > 1])
     part_pairs, turns = _parts(pairs, warps, batch, tiles)
     parts = turns * part_pairs * 2 * (warps // across) * batch * batch * tiles * (across + 1)
     columns = -(-slices // across) * across * slice_columns
     stage = lane_words(d) * 4 * threads
     words = max(2, min(8, STAGES_BYTES // stage)) * stage
     shared = matrix.table_bytes * d["COPIES"] + words + (0 if batch > 1 else 2 * columns) + 4 * max(parts, warps)
-    return Cut(batch, tiles, threads, across, min(-(-m.units // batch), processors), shared, columns)
+    return Cut(batch, tiles, threads, across, min(units, processors), shared, columns)
 
 
 def _cut_rows(pairs: int, units: int, count: int, processors: int) -> tuple[int, int]:
     """`batch` and `tiles`: few rows a product, so that there are units enough for all processors, as long as sums fit."""
-    if FORCE_CUT: return FORCE_CUT
     whole = 1 << max(count - 1, 0).bit_length()
     batch = min(8, whole)
-    while batch > 2 and units < processors * batch and 2 * (whole // batch) * pairs * 4 <= MOST_SUMS:
+    while batch > 2 and units < 2 * processors * batch and 2 * (whole // batch) * pairs * 4 <= MOST_SUMS:
         batch //= 2
     return batch, whole // batch
 
 
-FORCE_CUT = None
-FORCE_ACROSS = 0
+def _warps_across(slices: int, units: int, warps: int, processors: int, turn_cost: float) -> int:
+    """Warps that share a unit's columns, so that all turns together take least, in steps; few where that is the same."""
 
+    def cost(across: int) -> float:
+        turns = -(-units // (processors * (warps // across)))
+        return turns * (-(-slices // across) + turn_cost)
 
-def _warps_across(slices: int, units: int, warps: int, processors: int, least: int) -> int:
-    """Warps that share a unit's columns: few, for each to have a long way between sums, as long as all have work."""
-    if FORCE_ACROSS: return min(FORCE_ACROSS, warps)
-    across = 1
-    while across < warps and 2 * across <= slices and (across < least or units < processors * (warps // across)):
-        across *= 2
-    return across
+    return min((1 << i for i in range(warps.bit_length())), key=cost)
 
 
 def _parts(pairs: int, warps: int, batch: int, tiles: int) -> tuple[int, int]:
@@ -184,9 +206,13 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _scale_step(row_scale: Tensor | None) -> int:
+    return 0 if row_scale is None or row_scale.numel() == 1 else 1
+
+
 @functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
 
 
 def _kernel(name: str, defines: dict[str, int], device: torch.device, source: str = "product.cu") -> Kernel:

@@ -1,13 +1,24 @@
 // A packed matrix in full, (out_features, columns) of 16 bits, columns in stored order: a warp writes a unit's rows of a slice.
 //   SCALED   1: columns have a scale and an offset, or rows a scale
+//   VECTOR   1: rows of `out` may be written LANE_COLUMNS numbers at a time
 
 struct Weight {
   Matrix m;
   u16* out;
-  const float *scale, *offset;  // by stored column, or null
-  const float* row_scale;       // by row, one for all, or null
-  int stride, scale_step;       // from one row of `out` to the next; 0: one row_scale
+  const u32 *scale, *offset;  // by stored column, 16 bits each, or null
+  const float* row_scale;     // by row, one for all, or null
+  int stride, scale_step;     // from one row of `out` to the next; 0: one row_scale
 };
+
+// a b + c and a + b of two numbers each, in their own 16 bits, rounded once.
+DEVICE u32 fused_pair(u32 a, u32 b, u32 c) {
+#if BF16
+  asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(a) : "r"(b), "r"(c));
+#else
+  asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(a) : "r"(b), "r"(c));
+#endif
+  return a;
+}
 
 DEVICE void read_words(const Matrix& m, int place, int unit, int shift, u32 (&q)[LANE_WORDS]) {
 #if STEP_BITS
@@ -41,14 +52,21 @@ DEVICE void read_words(const Matrix& m, int place, int unit, int shift, u32 (&q)
 #endif
 }
 
-DEVICE float half_of(u32 pair, int high) { return to_float(u16(high ? pair >> 16 : pair)); }
-
 constexpr int COLUMN_PAIRS = LANE_COLUMNS / 2;
+constexpr u32 ONES = BF16 ? 0x3f803f80u : 0x3c003c00u;
+
+DEVICE u32 pair_at(const u16* p, int at, int count) {
+#if VECTOR
+  return *(const u32*)(p + at);
+#else
+  return (count > 0 ? p[at] : 0) | u32(count > 1 ? p[at + 1] : 0) << 16;
+#endif
+}
 
 // The numbers of a row, COLUMN_PAIRS pairs, to memory. `first`: stored column, of which `count` are there.
 DEVICE void write_row(const Weight& w, int row, int first, int count, const u32 (&pairs)[COLUMN_PAIRS]) {
   u16* to = w.out + i64(row) * w.stride + first;
-  if (EVEN || (STEP_BITS && WIDE)) {
+  if (VECTOR) {
     if constexpr (COLUMN_PAIRS == 4) *(u32x4*)to = {pairs[0], pairs[1], pairs[2], pairs[3]};
     else *(u64*)to = pairs[0] | u64(pairs[1]) << 32;
   } else {
@@ -88,40 +106,34 @@ extern "C" __global__ void __launch_bounds__(THREADS) weight(const __grid_consta
     decode_all<0>(q, tables_of(m, (const char*)shared, group), a, b);
     const int first = group * m.group_size + column;
 #if SCALED
-    float scale[LANE_COLUMNS], offset[LANE_COLUMNS];
+    u32 scale[COLUMN_PAIRS], offset[COLUMN_PAIRS];
 #pragma unroll
-    for (int c = 0; c < LANE_COLUMNS; c++) {
-      scale[c] = w.scale && c < count ? w.scale[first + c] : 1.f;
-      offset[c] = w.offset && c < count ? w.offset[first + c] : 0.f;
+    for (int p = 0; p < COLUMN_PAIRS; p++) {
+      scale[p] = w.scale ? pair_at((const u16*)w.scale, first + 2 * p, count - 2 * p) : ONES;
+      offset[p] = w.offset ? pair_at((const u16*)w.offset, first + 2 * p, count - 2 * p) : 0;
     }
 #endif
 #pragma unroll
     for (int i = 0; i < UNIT_ROWS; i++) {
       const int row = unit * UNIT_ROWS + i;
-      if (row >= m.out_features) break;
-      u32 pairs[COLUMN_PAIRS];
+      if (row < m.out_features) {
+        u32 pairs[COLUMN_PAIRS];
 #if SCALED
-      const float row_scale = w.row_scale ? w.row_scale[row * w.scale_step] : 1.f;
+        u32 row_scale = ONES;
+        if (w.row_scale) { const float f = w.row_scale[row * w.scale_step]; row_scale = pair_of(f, f); }
 #endif
 #pragma unroll
-      for (int p = 0; p < COLUMN_PAIRS; p++) {
-        const u32 main = i % 2 ? a[p].high[i / 2] : a[p].low[i / 2];
-#if SCALED || RES_BITS
-        float v[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          v[h] = half_of(main, h);
-          if constexpr (RES_BITS > 0) v[h] += half_of(i % 2 ? b[p].high[i / 2] : b[p].low[i / 2], h);
+        for (int p = 0; p < COLUMN_PAIRS; p++) {
+          u32 v = i % 2 ? a[p].high[i / 2] : a[p].low[i / 2];
+          if constexpr (RES_BITS > 0) v = fused_pair(v, ONES, i % 2 ? b[p].high[i / 2] : b[p].low[i / 2]);
 #if SCALED
-          v[h] = (v[h] * scale[2 * p + h] + offset[2 * p + h]) * row_scale;
+          v = fused_pair(v, scale[p], offset[p]);
+          if (w.row_scale) v = fused_pair(v, row_scale, 0x80008000u);
 #endif
+          pairs[p] = v;
         }
-        pairs[p] = pair_of(v[0], v[1]);
-#else
-        pairs[p] = main;
-#endif
+        write_row(w, row, first, count, pairs);
       }
-      write_row(w, row, first, count, pairs);
     }
   }
 }

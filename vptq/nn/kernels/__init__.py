@@ -1,0 +1,1 @@
+"""Kernels for packed linears: CUDA sources compiled at run time, and Triton."""

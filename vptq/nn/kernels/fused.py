@@ -1,0 +1,144 @@
+"""A packed linear as a few kernels: rotations, column order, scales and bias are done on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vptq.layer_config import LayerConfig
+from vptq.nn.kernels.packed import KernelMatrix, kernel_matrix, make_tables, takes
+from vptq.nn.kernels.products import MOST_ROWS, Columns, Rows, fits, product, weight
+from vptq.nn.kernels.turns import cut_turn, turn
+from vptq.nn.operands import main_matrix, outlier_matrix, row_scales
+from vptq.nn.reference import rotation_of
+from vptq.nn.rings import RingMatrix
+from vptq.nn.vectors import VectorMatrix
+
+TURNED_ROWS = 32768  # at once: a launch takes no more
+
+
+@dataclass(frozen=True)
+class FusedLinear:
+    """A packed linear on a GPU, ready to be multiplied with.
+
+    Attributes:
+        config: of the linear. dtype: of codebooks and activations, float16 or bfloat16.
+        main, outliers: the packed columns. main_columns, outlier_columns: what x becomes for them.
+        scale, offset: (in_features,) of type `dtype` by stored column, for the weight in full. row_scale: (1 or out_features,) float32.
+        order: (in_features,) int32, the number of x that each stored column takes.
+    """
+
+    config: LayerConfig
+    dtype: torch.dtype
+    main: KernelMatrix
+    outliers: KernelMatrix | None
+    main_columns: Columns
+    outlier_columns: Columns
+    scale: Tensor | None
+    offset: Tensor | None
+    row_scale: Tensor | None
+    order: Tensor | None
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(..., in_features) of type `dtype` -> (..., out_features)."""
+        rows = x.reshape(-1, self.config.in_features)
+        rows = rows if rows.stride(-1) == 1 and rows.data_ptr() % 16 == 0 else rows.contiguous()
+        if not len(rows):
+            found = x.new_empty(0, self.config.out_features)
+        else:
+            found = self._few(rows, bias) if len(rows) <= MOST_ROWS else self._many(rows, bias)
+        return found.view(*x.shape[:-1], self.config.out_features)
+
+    def _few(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        rotation = rotation_of(self.config)
+        if rotation.across is not None:
+            x = turn(x.contiguous(), rotation.across, torch.float32)
+        added = None
+        if self.outliers is not None:
+            added = product(x, self.outliers, self.outlier_columns, Rows(), torch.float32)
+        turned = rotation.down is not None
+        rows = Rows(added, self.row_scale, None if turned else bias)
+        found = product(x, self.main, self.main_columns, rows, torch.float32 if turned else self.dtype)
+        return found if rotation.down is None else turn(found, rotation.down, self.dtype, back=True, bias=bias)
+
+    def _many(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        rotation = rotation_of(self.config)
+        if rotation.across is not None:
+            x = torch.cat([turn(part.contiguous(), rotation.across, self.dtype) for part in x.split(TURNED_ROWS)])
+        if self.order is not None:
+            x = x.index_select(1, self.order)
+        found = torch.nn.functional.linear(x, self.weight(), bias if rotation.down is None else None)
+        if rotation.down is None:
+            return found
+        parts = (turn(part, rotation.down, self.dtype, back=True, bias=bias) for part in found.split(TURNED_ROWS))
+        return torch.cat(list(parts))
+
+    def weight(self) -> Tensor:
+        """The weight as it is stored, rotated where it is, in full: (out_features, in_features) of type `dtype`, stored order."""
+        size = self.config.outlier_size
+        found = torch.empty(self.config.out_features, self.config.in_features, dtype=self.dtype, device=self.main.words.device)
+        parts = [(self.main, slice(size, None))]
+        if self.outliers is not None:
+            parts.append((self.outliers, slice(0, size)))
+        for matrix, columns in parts:
+            scale, offset = (None if tensor is None else tensor[columns] for tensor in (self.scale, self.offset))
+            weight(matrix, scale, offset, self.row_scale, found[:, columns])
+        return found
+
+
+def fused_linear(
+    tensors: Mapping[str, Tensor], config: LayerConfig, dtype: torch.dtype, tables: tuple[Tensor, Tensor | None] | None = None
+) -> FusedLinear | None:
+    """From stored tensors on a GPU; None for a form that the kernels don't have.
+
+    Args:
+        tensors: as `LayerConfig.tensor_shapes` names them, and a shared codebook. tables: of `make_tables`, where they are kept.
+    """
+    main, outliers = main_matrix(tensors, config, dtype), outlier_matrix(tensors, config, dtype)
+    if not all(takes(matrix, dtype) for matrix in (main, outliers) if matrix is not None) or not _turns(config):
+        return None
+    made = [_made(main, dtype, tables)] + ([] if outliers is None else [_made(outliers, dtype)])
+    if not all(fits(matrix, matrix.words.device) for matrix in made):
+        return None
+    perm = tensors["perm"] if config.enable_perm else None
+    order = None if perm is None else (perm.int() & 0xFFFF)
+    scale = _in_order(tensors["weight_scale"], order, 1.0) if config.enable_norm else None
+    offset = _in_order(tensors["weight_bias"], order, 0.0) if config.enable_norm else None
+    unit = 1.0 if scale is None else max(float(scale.float().abs().max()), torch.finfo(torch.float32).tiny)
+    size = config.outlier_size
+    columns = Columns(
+        perm=perm, unit=unit, scale=None if scale is None else scale.float() / unit, offset=None if offset is None else offset.float()
+    )
+    torch.cuda.current_stream(main.words.device).synchronize()  # kernels read codebooks before they wait for what ran before
+    return FusedLinear(
+        config=config, dtype=dtype, main=made[0], outliers=made[1] if len(made) > 1 else None,
+        main_columns=_part(columns, slice(size, None)), outlier_columns=_part(columns, slice(0, size)),
+        scale=None if scale is None else scale.to(dtype), offset=None if offset is None else offset.to(dtype),
+        row_scale=row_scales(tensors, config), order=order,
+    )  # fmt: skip
+
+
+def _made(matrix: VectorMatrix | RingMatrix, dtype: torch.dtype, tables: tuple[Tensor, Tensor | None] | None = None) -> KernelMatrix:
+    return kernel_matrix(matrix, make_tables(matrix, dtype) if tables is None else tables)
+
+
+def _turns(config: LayerConfig) -> bool:
+    rotation = rotation_of(config)
+    return all(side is None or cut_turn(side) is not None for side in (rotation.across, rotation.down))
+
+
+def _in_order(values: Tensor, order: Tensor | None, idle: float) -> Tensor | None:
+    """By stored column; None where all are what changes nothing."""
+    if bool((values == idle).all()):
+        return None
+    return values.contiguous() if order is None else values[order.long()]
+
+
+def _part(columns: Columns, part: slice) -> Columns:
+    """Of some stored columns, each tensor where the kernels can read it many numbers at a time."""
+    cut = {name: getattr(columns, name) for name in ("perm", "scale", "offset")}
+    cut = {name: None if tensor is None else tensor[part].clone() for name, tensor in cut.items()}
+    return replace(columns, first=part.start or 0, **cut)
