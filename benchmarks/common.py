@@ -25,6 +25,8 @@ class Timing:
     slowest: float
 
     def __str__(self) -> str:
+        if self.median < 1e-3:
+            return f"{self.median * 1e6:.1f} µs ({self.fastest * 1e6:.1f} to {self.slowest * 1e6:.1f})"
         digits = 2 if self.median < 0.1 else 1
         return (
             f"{self.median * 1e3:.{digits}f} ms ({self.fastest * 1e3:.{digits}f} to {self.slowest * 1e3:.{digits}f})"

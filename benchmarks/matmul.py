@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import functools
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import default_device, describe, show_table, timed
+from benchmarks.common import Timing, default_device, describe, show_table, timed
 from vptq.config import LinearConfig
 from vptq.geometry import plan_geometry
 from vptq.layer_config import LayerConfig
@@ -25,6 +27,7 @@ from vptq.nn.vquant_linear import VQuantLinear
 SHAPES = ["4096x4096"]
 SETTINGS = ["v8k65536", "v8k4096", "v6k4096", "v8k256+256", "v4k256shared", "trellis2", "trellis3"]
 TRELLIS_STATES = 4096
+COLD_BYTES = 200 << 20  # of weights that take turns, so that L2 does not hold them
 
 
 def parse_setting(name: str) -> LinearConfig:
@@ -42,17 +45,21 @@ def parse_setting(name: str) -> LinearConfig:
     raise SystemExit(f"error: setting {name!r} is none of: trellis1 to trellis8, v8k4096, v8k256+256, v4k256shared")
 
 
-def random_linear(config: LinearConfig, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> VQuantLinear:
-    """A packed linear with random indices and codebooks."""
+def random_linear(
+    config: LinearConfig, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, codebook_of: str = ""
+) -> VQuantLinear:
+    """A packed linear with random indices and codebooks; codebook_of: the linear whose codebook it shares."""
     geometry, faults = plan_geometry(*shape, config)
     if geometry is None:
         raise SystemExit(f"error: {faults}")
-    layer = LayerConfig.of(config, geometry, bias=False)
+    layer = LayerConfig.of(config, geometry, bias=False, codebook_of=codebook_of)
     module = VQuantLinear(**layer.to_dict(), device=device, dtype=dtype)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in module.named_parameters():
         if name == "perm":
             parameter.data.copy_(torch.randperm(shape[1], generator=generator, device=device).to(torch.int16))
+        elif name == "outlier_indices":
+            parameter.data.copy_(torch.randint(config.num_centroids[0], parameter.shape, generator=generator, device=device))
         elif parameter.dtype == torch.int32:
             parameter.data.random_(-(2**31), 2**31 - 1, generator=generator)
         else:
@@ -64,22 +71,59 @@ def packed_bytes(module: VQuantLinear) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
+def in_graphs(calls: list[Callable[[], Any]]) -> Timing:
+    """On a GPU: seconds of one call, all calls one after the other in a CUDA graph, so that Python and launches don't count.
+
+    Calls with weights of their own, together larger than L2, read these from memory as a model does.
+    """
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    found = timed(graph.replay, repeats=9, warm=2)
+    return Timing(*(seconds / len(calls) for seconds in (found.median, found.fastest, found.slowest)))
+
+
+def clock(make: Callable[[int], Callable[[], Any]], bytes_read: int, device: torch.device) -> Timing:
+    """Time of a call that reads so many bytes of weights; make: the call with the weights of a number."""
+    if device.type != "cuda":
+        return timed(make(0))
+    return in_graphs([make(number) for number in range(max(4, min(64, COLD_BYTES // max(bytes_read, 1))))])
+
+
 @torch.inference_mode()
 def measure(name: str, shape: tuple[int, int], batches: list[int], dtype: torch.dtype, device: torch.device) -> list[list[str]]:
-    """One row a batch: ours, the same weight in full in each type, and how much of the full weight's bytes ours reads."""
-    module = random_linear(parse_setting(name), shape, dtype, device)
+    """One row a batch: ours, the same weight in full in each type, and the time that reading our bytes takes at least."""
+    setting = parse_setting(name)
+    modules: dict[int, VQuantLinear] = {}
     types = [torch.float16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
-    full: dict[torch.dtype, Tensor] = {kind: torch.randn(shape, device=device).to(kind) for kind in types}
-    rows = []
-    own = types[0]
+    full: dict[tuple[torch.dtype, int], Tensor] = {}
+
+    def module(number: int) -> VQuantLinear:
+        return modules.setdefault(number, random_linear(setting, shape, dtype, device))
+
+    def weight(kind: torch.dtype, number: int) -> Tensor:
+        return full.setdefault((kind, number), torch.randn(shape, device=device).to(kind))
+
+    rows, own, size = [], types[0], packed_bytes(module(0))
     for batch in batches:
         inputs = {kind: torch.randn(batch, shape[1], device=device).to(kind) for kind in types}
-        ours = timed(functools.partial(module, inputs[own]))
-        theirs = {kind: timed(functools.partial(torch.nn.functional.linear, inputs[kind], full[kind])) for kind in types}
-        ratio = theirs[own].median / ours.median
+        ours = clock(lambda i, x=inputs[own]: functools.partial(module(i), x), size, device)
+        theirs = {
+            kind: clock(
+                lambda i, x=inputs[kind], kind=kind: functools.partial(torch.nn.functional.linear, x, weight(kind, i)),
+                shape[0] * shape[1] * kind.itemsize, device,
+            )
+            for kind in types
+        }  # fmt: skip
         rows.append([
-            f"{shape[0]}x{shape[1]}", name, str(batch), str(ours), *map(str, theirs.values()), f"{ratio:.2f}",
-            f"{packed_bytes(module) / (full[own].numel() * full[own].element_size()):.3f}",
+            f"{shape[0]}x{shape[1]}", name, str(batch), str(ours), *map(str, theirs.values()),
+            f"{theirs[own].median / ours.median:.2f}", f"{size / shape[0] / shape[1] * 8:.2f}",
         ])  # fmt: skip
     return rows
 
@@ -98,7 +142,7 @@ def main() -> None:
         out_features, in_features = map(int, shape.split("x"))
         for name in given.settings:
             rows += measure(name, (out_features, in_features), given.batches, torch.float16, device)
-    show_table(["shape", "setting", "batch", "packed", *names, f"{names[0]} / packed", "bytes"], rows)
+    show_table(["shape", "setting", "batch", "packed", *names, f"{names[0]} / packed", "bits a weight"], rows)
 
 
 if __name__ == "__main__":

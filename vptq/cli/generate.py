@@ -43,6 +43,9 @@ def run(argv: Sequence[str]) -> int:
         "--cache_gb", type=_number(0, math.inf), default=0.0, metavar="FLOAT",
         help="dequantized weights kept, in GB: more speed for more memory (default: 0; inf for all)",
     )  # fmt: skip
+    parser.add_argument(
+        "--compile", action="store_true", default=False, help="on a GPU: torch.compile first, a minute or so, then faster"
+    )
     add_result_flags(parser)
     args = parser.parse_args(normalise_flags(argv))
     check_target(args.json)
@@ -56,8 +59,9 @@ def run(argv: Sequence[str]) -> int:
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     writer = Writer(
-        args.model_name, device=args.device, cache_bytes=args.cache_gb * 1e9, trust_remote_code=args.trust_remote_code
-    )
+        args.model_name, device=args.device, cache_bytes=args.cache_gb * 1e9, compiled=args.compile,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
     if prompt is None:
         return _converse(writer, sampling)
     tokens = writer.encode_chat([{"role": "user", "content": prompt}]) if args.chat else writer.encode(prompt)

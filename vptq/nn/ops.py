@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from vptq.backend import use_kernels
 from vptq.nn.rings import RingMatrix, ring_product, ring_weight
 from vptq.nn.vectors import VectorMatrix, split_vectors_of, vector_product, vector_weight
 from vptq.quantize.rotation import Rotation
@@ -53,6 +54,22 @@ def _rings_of(
     return RingMatrix(words, table, Trellis(state_bits, step_bits), out_features, ring_len, run_table)
 
 
+def _takes(matrix: VectorMatrix | RingMatrix, x: Tensor | None = None) -> bool:
+    """Whether a Triton kernel does the work: never for double precision, nor for a product that is better made from the whole."""
+    wide = matrix.dtype == torch.float64 or (x is not None and x.dtype == torch.float64)
+    return not wide and use_kernels(matrix.words.device) and matrix.words.device.type != "meta"
+
+
+def _by_kernel(matrix: VectorMatrix | RingMatrix, x: Tensor | None = None) -> Tensor:
+    from vptq.nn.kernels.tiles import MOST_ROWS, product_by_kernel, weight_by_kernel
+
+    if x is None:
+        return weight_by_kernel(matrix)
+    if len(x) <= MOST_ROWS:
+        return product_by_kernel(x, matrix)
+    return (x.to(matrix.dtype) @ weight_by_kernel(matrix).T).to(x.dtype)
+
+
 @library.custom_op(
     "vptq::vector_product", mutates_args=(), schema="(Tensor x, Tensor words, Tensor main, Tensor? residual, " + VECTOR_SIZES
 )
@@ -61,7 +78,7 @@ def _vector_product(
     out_features: int, group_size: int, along_out: bool, main_bits: int, residual_bits: int,
 ) -> Tensor:  # fmt: skip
     matrix = VectorMatrix(words, main, residual, out_features, group_size, along_out, main_bits, residual_bits)
-    return vector_product(x, matrix)
+    return _by_kernel(matrix, x) if _takes(matrix, x) else vector_product(x, matrix)
 
 
 @_vector_product.register_fake
@@ -76,7 +93,8 @@ def _vector_weight(
     words: Tensor, main: Tensor, residual: Tensor | None,
     out_features: int, group_size: int, along_out: bool, main_bits: int, residual_bits: int,
 ) -> Tensor:  # fmt: skip
-    return vector_weight(VectorMatrix(words, main, residual, out_features, group_size, along_out, main_bits, residual_bits))
+    matrix = VectorMatrix(words, main, residual, out_features, group_size, along_out, main_bits, residual_bits)
+    return _by_kernel(matrix) if _takes(matrix) else vector_weight(matrix)
 
 
 @_vector_weight.register_fake
@@ -91,7 +109,8 @@ def _ring_product(
     x: Tensor, words: Tensor, table: Tensor, run_table: Tensor | None,
     out_features: int, ring_len: int, state_bits: int, step_bits: int,
 ) -> Tensor:  # fmt: skip
-    return ring_product(x, _rings_of(words, table, run_table, out_features, ring_len, state_bits, step_bits))
+    matrix = _rings_of(words, table, run_table, out_features, ring_len, state_bits, step_bits)
+    return _by_kernel(matrix, x) if _takes(matrix, x) else ring_product(x, matrix)
 
 
 @_ring_product.register_fake
@@ -101,7 +120,8 @@ def _(x: Tensor, words: Tensor, table: Tensor, run_table: Tensor | None, out_fea
 
 @library.custom_op("vptq::ring_weight", mutates_args=(), schema="(Tensor words, Tensor table, " + RING_SIZES)
 def _ring_weight(words: Tensor, table: Tensor, out_features: int, ring_len: int, state_bits: int, step_bits: int) -> Tensor:
-    return ring_weight(_rings_of(words, table, None, out_features, ring_len, state_bits, step_bits))
+    matrix = _rings_of(words, table, None, out_features, ring_len, state_bits, step_bits)
+    return _by_kernel(matrix) if _takes(matrix) else ring_weight(matrix)
 
 
 @_ring_weight.register_fake

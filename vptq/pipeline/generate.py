@@ -15,8 +15,10 @@ from vptq.data import load_tokenizer
 from vptq.errors import UsageError
 from vptq.models.architecture import resolve_folder
 from vptq.nn.vquant_linear import cache_weights
+from vptq.pipeline.decode import COLDEST, StaticDecoder, make_decoder
 
-COLDEST = 1e-4  # a temperature below is the likeliest token
+# Settings of a folder's generation_config that `generate` of transformers follows and a captured step doesn't know.
+LEFT_TO_TRANSFORMERS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "forced_bos_token_id", "suppress_tokens")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Writer:
     Args:
         model_name: folder or hub name, original, dequantized or packed; None for the demo model.
         cache_bytes: most bytes of dequantized weights of packed linears that are kept.
+        compiled: on a GPU, whether the step that writes a token goes through torch.compile.
     """
 
     def __init__(
@@ -73,11 +76,15 @@ class Writer:
         *,
         device: str | None = None,
         cache_bytes: float = 0,
+        compiled: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         self.model = load_whole(model_name, device, trust_remote_code=trust_remote_code)
         cache_weights(self.model, limit=cache_bytes)
         self.tokenizer = load_tokenizer(resolve_folder(model_name), trust_remote_code)
+        self._compiled = compiled
+        self._decoder: StaticDecoder | None = None
+        self._captures = self.model.device.type == "cuda" and not self._left_to_transformers()
 
     @property
     def context(self) -> int | None:
@@ -108,13 +115,29 @@ class Writer:
         most = sampling.max_new_tokens
         if self.context is not None:
             most = min(most, self.context - tokens.shape[1])
+        stream = _Stream(self.tokenizer, show)
+        torch.manual_seed(sampling.seed)
+        decoder = self._decoder_for(tokens.shape[1] + most, sampling)
+        stream.begin()
+        if decoder is None:
+            self._generate(tokens, most, sampling, stream)
+        else:
+            self._decode(decoder, tokens, most, stream)
+        first = stream.times[1] if len(stream.times) > 1 else stream.times[0]
+        return Written(
+            text=stream.text,
+            prompt_tokens=tokens.shape[1],
+            new_tokens=stream.count,
+            prompt_seconds=first - stream.times[0],
+            seconds=stream.times[-1] - first,
+        )
+
+    def _generate(self, tokens: Tensor, most: int, sampling: Sampling, stream: _Stream) -> None:
+        """By `generate` of transformers."""
         settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if sampling.temperature > COLDEST:
             settings = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        stream = _Stream(self.tokenizer, show)
         padding = self.tokenizer.pad_token_id
-        torch.manual_seed(sampling.seed)
-        stream.begin()
         with torch.inference_mode():
             self.model.generate(
                 tokens.to(self.model.device),
@@ -126,14 +149,44 @@ class Writer:
                 num_return_sequences=1,
                 **settings,
             )
-        first = stream.times[1] if len(stream.times) > 1 else stream.times[0]
-        return Written(
-            text=stream.text,
-            prompt_tokens=tokens.shape[1],
-            new_tokens=stream.count,
-            prompt_seconds=first - stream.times[0],
-            seconds=stream.times[-1] - first,
-        )
+
+    def _decode(self, decoder: StaticDecoder, tokens: Tensor, most: int, stream: _Stream) -> None:
+        """By captured steps: the GPU is at work on the next token while this one is shown."""
+        last = self._last_tokens()
+        stream.put(tokens)
+        decoder.start(tokens)
+        for number in range(most):
+            token = decoder.token.to("cpu", non_blocking=True)
+            there = torch.cuda.Event()
+            there.record()
+            if number + 1 < most:
+                decoder.step()
+            there.synchronize()
+            stream.put(token)
+            if int(token) in last:
+                break
+        stream.end()
+
+    def _decoder_for(self, length: int, sampling: Sampling) -> StaticDecoder | None:
+        """The decoder of the answer before where it can write this one as well, else a new one."""
+        if not self._captures:
+            return None
+        if self._decoder is None or not self._decoder.fits(length, sampling.temperature, sampling.top_p):
+            self._decoder = None  # its memory first
+            self._decoder = make_decoder(self.model, length, sampling.temperature, sampling.top_p, self._compiled)
+            self._captures = self._decoder is not None
+        torch.manual_seed(sampling.seed)  # capturing draws as well
+        return self._decoder
+
+    def _left_to_transformers(self) -> bool:
+        settings = getattr(self.model, "generation_config", None)
+        return any(getattr(settings, name, None) not in (None, 0, 1.0, []) for name in LEFT_TO_TRANSFORMERS)
+
+    def _last_tokens(self) -> set[int]:
+        """After which nothing is written."""
+        said = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        said = self.tokenizer.eos_token_id if said is None else said
+        return set(said) if isinstance(said, list | tuple) else set() if said is None else {int(said)}
 
     def _checked(self, tokens: Tensor) -> Tensor:
         count = tokens.shape[1]

@@ -1,7 +1,8 @@
 // From packed indices to pairs of weights, ready for the tensor cores. Compiled at run time, for one setting at a time:
 //   BF16             0: weights are float16; 1: bfloat16
 //   V                numbers of a vector; ENTRY: those that one look-up brings, a power of two, padded with zeros
-//   MAIN_BITS, RES_BITS   of an index; RES_BITS 0: no residual codebook
+//   INDEX_BITS       of an index as it is stored; MAIN_BITS at its low end and RES_BITS at its high end name entries; RES_BITS 0:
+//                    no residual codebook
 //   STEP_BITS        of a trellis, 0 without one; then MAIN_BITS are read for ENTRY / V vectors at once
 //   COPIES           of a codebook in shared memory, side by side; 0: codebooks stay in global memory
 //   WIDE             1: rows of words may be read 16 bytes at a time
@@ -23,7 +24,6 @@ constexpr int LANE_COLUMNS = 4;
 constexpr int LOOKUPS = UNIT_VECTORS * V / ENTRY;  // of one column
 #else
 constexpr int UNIT_VECTORS = 1;
-constexpr int INDEX_BITS = MAIN_BITS + RES_BITS;
 constexpr int LANE_COLUMNS = 8;
 #endif
 constexpr int UNIT_ROWS = UNIT_VECTORS * V;
@@ -192,8 +192,8 @@ template <int PAIR> DEVICE void decode(const u32 (&q)[LANE_WORDS], const Tables&
   constexpr int first = 2 * PAIR * INDEX_BITS, next = first + INDEX_BITS;
   pairs_of(entry_at<first, MAIN_BITS>(q, t.main, t.copy), entry_at<next, MAIN_BITS>(q, t.main, t.copy), out);
   if constexpr (RES_BITS > 0)
-    pairs_of(entry_at<first + MAIN_BITS, RES_BITS>(q, t.residual, t.copy),
-             entry_at<next + MAIN_BITS, RES_BITS>(q, t.residual, t.copy), second);
+    pairs_of(entry_at<next - RES_BITS, RES_BITS>(q, t.residual, t.copy),
+             entry_at<next + INDEX_BITS - RES_BITS, RES_BITS>(q, t.residual, t.copy), second);
 }
 
 #endif

@@ -27,7 +27,8 @@ class FusedLinear:
     Attributes:
         config: of the linear. dtype: of codebooks and activations, float16 or bfloat16.
         main, outliers: the packed columns. main_columns, outlier_columns: what x becomes for them.
-        scale, offset: (in_features,) of type `dtype` by stored column, for the weight in full. row_scale: (1 or out_features,) float32.
+        row_scale: (1 or out_features,) float32, for sums of products with `main_columns`, whose scale it makes up for.
+        scale, offset: (in_features,) of type `dtype` by stored column, and weight_scale, as row_scale: for the weight in full.
         order: (in_features,) int32, the number of x that each stored column takes.
     """
 
@@ -40,6 +41,7 @@ class FusedLinear:
     scale: Tensor | None
     offset: Tensor | None
     row_scale: Tensor | None
+    weight_scale: Tensor | None
     order: Tensor | None
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -77,7 +79,7 @@ class FusedLinear:
         return torch.cat(list(parts))
 
     def weight(self) -> Tensor:
-        """The weight as it is stored, rotated where it is, in full: (out_features, in_features) of type `dtype`, stored order."""
+        """The weight as it is stored, rotated or not, in full: (out_features, in_features) of type `dtype`, stored order."""
         size = self.config.outlier_size
         found = torch.empty(self.config.out_features, self.config.in_features, dtype=self.dtype, device=self.main.words.device)
         parts = [(self.main, slice(size, None))]
@@ -85,7 +87,7 @@ class FusedLinear:
             parts.append((self.outliers, slice(0, size)))
         for matrix, columns in parts:
             scale, offset = (None if tensor is None else tensor[columns] for tensor in (self.scale, self.offset))
-            weight(matrix, scale, offset, self.row_scale, found[:, columns])
+            weight(matrix, scale, offset, self.weight_scale, found[:, columns])
         return found
 
 
@@ -95,7 +97,7 @@ def fused_linear(
     """From stored tensors on a GPU; None for a form that the kernels don't have.
 
     Args:
-        tensors: as `LayerConfig.tensor_shapes` names them, and a shared codebook. tables: of `make_tables`, where they are kept.
+        tensors: as `LayerConfig.tensor_shapes` names them, and a shared codebook. tables: of `make_tables`, where kept.
     """
     main, outliers = main_matrix(tensors, config, dtype), outlier_matrix(tensors, config, dtype)
     if not all(takes(matrix, dtype) for matrix in (main, outliers) if matrix is not None) or not _turns(config):
@@ -107,21 +109,25 @@ def fused_linear(
     order = None if perm is None else (perm.int() & 0xFFFF)
     scale = _in_order(tensors["weight_scale"], order, 1.0) if config.enable_norm else None
     offset = _in_order(tensors["weight_bias"], order, 0.0) if config.enable_norm else None
-    unit = 1.0 if scale is None else max(float(scale.float().abs().max()), torch.finfo(torch.float32).tiny)
+    weight_scale = row_scale = row_scales(tensors, config)
+    columns = Columns(perm=perm, offset=None if offset is None else offset.float())
+    if scale is not None:  # at most 1, so that 16 bits still hold x times scale; the rest of it goes to the rows
+        unit = scale.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        columns = replace(columns, scale=scale.float() / unit, offset=None if offset is None else offset.float() / unit)
+        row_scale = unit[None] if row_scale is None else row_scale * unit
     size = config.outlier_size
-    columns = Columns(
-        perm=perm, unit=unit, scale=None if scale is None else scale.float() / unit, offset=None if offset is None else offset.float()
-    )
     torch.cuda.current_stream(main.words.device).synchronize()  # kernels read codebooks before they wait for what ran before
     return FusedLinear(
         config=config, dtype=dtype, main=made[0], outliers=made[1] if len(made) > 1 else None,
         main_columns=_part(columns, slice(size, None)), outlier_columns=_part(columns, slice(0, size)),
         scale=None if scale is None else scale.to(dtype), offset=None if offset is None else offset.to(dtype),
-        row_scale=row_scales(tensors, config), order=order,
+        row_scale=row_scale, weight_scale=weight_scale, order=order,
     )  # fmt: skip
 
 
-def _made(matrix: VectorMatrix | RingMatrix, dtype: torch.dtype, tables: tuple[Tensor, Tensor | None] | None = None) -> KernelMatrix:
+def _made(
+    matrix: VectorMatrix | RingMatrix, dtype: torch.dtype, tables: tuple[Tensor, Tensor | None] | None = None
+) -> KernelMatrix:
     return kernel_matrix(matrix, make_tables(matrix, dtype) if tables is None else tables)
 
 

@@ -60,7 +60,9 @@ def _candidates() -> Iterator[str]:
 def _nvrtc() -> ctypes.CDLL:
     found = find_nvrtc()
     if found is None:
-        raise KernelError("NVRTC, which compiles kernels, was not found", hint="install torch with CUDA, by its own instructions")
+        raise KernelError(
+            "NVRTC, which compiles kernels, was not found", hint="install torch with CUDA, by its own instructions"
+        )
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from vptq.nn.kernels.packed import KernelMatrix, MatrixStruct
 from vptq.nn.kernels.products import Columns
 
 Parts = dict[str, Tensor]
+TENSORS = ("scale", "offset", "row_scale", "weight_scale", "order")
 SIZES = ("row_words", "units", "out_features", "groups", "group_size", "ring_words", "last_words")
 
 
@@ -40,8 +42,11 @@ def _(x: Tensor, tensors: list[Tensor], bias: Tensor | None, form: str, out_feat
 def taken_apart(fused: FusedLinear) -> tuple[list[Tensor], str]:
     """Tensors, and all else as text."""
     tensors: Parts = {}
-    form: dict[str, Any] = {"config": fused.config.to_dict(), "dtype": str(fused.dtype).removeprefix("torch.")}
-    for name in ("scale", "offset", "row_scale", "order"):
+    form: dict[str, Any] = {
+        "config": replace(fused.config, codebook_of="").to_dict(),
+        "dtype": str(fused.dtype).removeprefix("torch."),
+    }
+    for name in TENSORS:
         _put(tensors, name, getattr(fused, name))
     for side in ("main", "outliers"):
         matrix = getattr(fused, side)
@@ -54,7 +59,7 @@ def taken_apart(fused: FusedLinear) -> tuple[list[Tensor], str]:
                 _put(tensors, f"{side}.{name}", getattr(matrix, name))
     for side in ("main_columns", "outlier_columns"):
         columns = getattr(fused, side)
-        form[side] = {"unit": columns.unit, "first": columns.first}
+        form[side] = {"first": columns.first}
         for name in ("perm", "scale", "offset"):
             _put(tensors, f"{side}.{name}", getattr(columns, name))
     return list(tensors.values()), json.dumps(form | {"names": list(tensors)})
@@ -64,7 +69,7 @@ def put_together(tensors: list[Tensor], form: str) -> FusedLinear:
     """The inverse of `taken_apart`."""
     said = _read(form)
     found = dict(zip(said["names"], tensors, strict=True))
-    plain = {name: found.get(name) for name in ("scale", "offset", "row_scale", "order")}
+    plain = {name: found.get(name) for name in TENSORS}
     return FusedLinear(
         config=said["config"], dtype=said["dtype"], main=_matrix(found, said, "main"),
         outliers=_matrix(found, said, "outliers") if "outliers" in said else None,
@@ -81,13 +86,16 @@ def _matrix(tensors: Parts, said: dict[str, Any], side: str) -> KernelMatrix:
     form = said[side]
     words, main, residual = tensors[f"{side}.words"], tensors[f"{side}.main"], tensors.get(f"{side}.residual")
     struct = MatrixStruct(
-        words=words.data_ptr(), main=main.data_ptr(), residual=None if residual is None else residual.data_ptr(), **form["sizes"]
+        words=words.data_ptr(),
+        main=main.data_ptr(),
+        residual=None if residual is None else residual.data_ptr(),
+        **form["sizes"],
     )
     return KernelMatrix(words, main, residual, form["defines"], struct, form["columns"], form["table_bytes"])
 
 
 def _columns(tensors: Parts, said: dict[str, Any], side: str) -> Columns:
-    return Columns(**said[side], **{name: tensors.get(f"{side}.{name}") for name in ("perm", "scale", "offset")})
+    return Columns(first=said[side]["first"], **{name: tensors.get(f"{side}.{name}") for name in ("perm", "scale", "offset")})
 
 
 @functools.lru_cache(maxsize=4096)

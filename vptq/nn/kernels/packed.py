@@ -13,7 +13,7 @@ from vptq.nn.rings import RingMatrix, make_run_table
 from vptq.nn.vectors import VectorMatrix
 
 LONGEST_ENTRY = 16  # numbers that one look-up brings
-MOST_INDEX_BITS = 20  # of one codebook
+MOST_STATE_BITS = 20  # of a trellis
 SHARED_TABLES = 128 << 10  # bytes of codebooks that still fit in shared memory beside the rest
 COPIED_TABLES = 64 << 10  # bytes up to which copies of a codebook pay
 BANK_BYTES = 128  # that shared memory serves at once
@@ -35,7 +35,7 @@ class KernelMatrix:
     """A packed matrix on a GPU, in the form of the kernels.
 
     Attributes:
-        words: as in `VectorMatrix` or `RingMatrix`. main, residual: (groups, 2^bits, entry) of 16 bits a number.
+        words: as in `VectorMatrix` or `RingMatrix`. main, residual: (groups, entries, entry) of 16 bits a number.
         defines: what decode.cuh is compiled with. struct: what it is given.
         columns: of the matrix. table_bytes: of its codebooks, once.
     """
@@ -60,18 +60,16 @@ def takes(matrix: VectorMatrix | RingMatrix, dtype: torch.dtype) -> bool:
         return False
     if isinstance(matrix, RingMatrix):
         length = matrix.table.shape[1]
-        return length <= LONGEST_ENTRY and length & (length - 1) == 0 and matrix.trellis.state_bits <= MOST_INDEX_BITS
-    bits = (matrix.main_bits, matrix.residual_bits)
-    return matrix.along_out and matrix.vector_len <= LONGEST_ENTRY and bits[0] > 0 and max(bits) <= MOST_INDEX_BITS
+        return length <= LONGEST_ENTRY and length & (length - 1) == 0 and matrix.trellis.state_bits <= MOST_STATE_BITS
+    return matrix.along_out and matrix.vector_len <= LONGEST_ENTRY and matrix.main_bits > 0
 
 
 def make_tables(matrix: VectorMatrix | RingMatrix, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """`main` and `residual` of a KernelMatrix: codebooks rounded to `dtype`, entries padded. Linears with one codebook share them."""
+    """`main` and `residual` of a KernelMatrix: codebooks rounded to `dtype`, entries padded. Shared as codebooks are."""
     if isinstance(matrix, RingMatrix):
         return make_run_table(matrix.table, matrix.trellis, _run(matrix)).to(dtype)[None].contiguous(), None
     entry = max(2, 1 << (matrix.vector_len - 1).bit_length())
-    main = _padded(matrix.main, matrix.main_bits, entry, dtype)
-    return main, None if matrix.residual is None else _padded(matrix.residual, matrix.residual_bits, entry, dtype)
+    return _padded(matrix.main, entry, dtype), None if matrix.residual is None else _padded(matrix.residual, entry, dtype)
 
 
 def kernel_matrix(matrix: VectorMatrix | RingMatrix, tables: tuple[Tensor, Tensor | None]) -> KernelMatrix:
@@ -84,8 +82,9 @@ def kernel_matrix(matrix: VectorMatrix | RingMatrix, tables: tuple[Tensor, Tenso
     bits = matrix.main_bits + matrix.residual_bits
     even = matrix.group_size % 8 == 0 and bits % 4 == 0
     defines = {
-        "V": matrix.vector_len, "ENTRY": entry, "MAIN_BITS": matrix.main_bits, "RES_BITS": matrix.residual_bits,
-        "STEP_BITS": 0, "WIDE": int(even and bits % 16 == 0 and row_words % 4 == 0), "EVEN": int(even),
+        "V": matrix.vector_len, "ENTRY": entry, "INDEX_BITS": bits, "MAIN_BITS": _entry_bits(main),
+        "RES_BITS": 0 if residual is None else _entry_bits(residual), "STEP_BITS": 0,
+        "WIDE": int(even and bits % 16 == 0 and row_words % 4 == 0), "EVEN": int(even),
     }  # fmt: skip
     return _assembled(
         matrix.words, main, residual, defines, matrix.out_features, matrix.group_size,
@@ -97,7 +96,8 @@ def _of_rings(matrix: RingMatrix, table: Tensor) -> KernelMatrix:
     trellis, length, run = matrix.trellis, matrix.table.shape[1], _run(matrix)
     rings, ring_words, columns = matrix.words.shape
     defines = {
-        "V": length, "ENTRY": run * length, "MAIN_BITS": trellis.state_bits + (run - 1) * trellis.step_bits, "RES_BITS": 0,
+        "V": length, "ENTRY": run * length, "INDEX_BITS": 0, "RES_BITS": 0,
+        "MAIN_BITS": trellis.state_bits + (run - 1) * trellis.step_bits,
         "STEP_BITS": trellis.step_bits, "WIDE": int(columns % 4 == 0), "EVEN": 0,
     }  # fmt: skip
     return _assembled(
@@ -131,12 +131,16 @@ def _assembled(
     return KernelMatrix(words, main, residual, defines, struct, groups * group_size, size)
 
 
-def _padded(book: Tensor, bits: int, entry: int, dtype: torch.dtype) -> Tensor:
-    """(groups, k, v) -> (groups, 2^bits, entry), zeros past k and v; the same memory where it is so already."""
-    if book.dtype == dtype and book.shape[1:] == (1 << bits, entry) and book.is_contiguous():
+def _padded(book: Tensor, entry: int, dtype: torch.dtype) -> Tensor:
+    """(groups, k, v) -> (groups, power of two, entry), zeros past k and v; the same memory where it is so already."""
+    entries = max(2, 1 << (book.shape[1] - 1).bit_length())
+    if book.dtype == dtype and book.shape[1:] == (entries, entry) and book.is_contiguous():
         return book
-    pad = (0, entry - book.shape[2], 0, (1 << bits) - book.shape[1])
-    return torch.nn.functional.pad(book.to(dtype), pad).contiguous()
+    return torch.nn.functional.pad(book.to(dtype), (0, entry - book.shape[2], 0, entries - book.shape[1])).contiguous()
+
+
+def _entry_bits(table: Tensor) -> int:
+    return table.shape[1].bit_length() - 1
 
 
 def _copies(size: int, entry_bytes: int) -> int:
@@ -163,5 +167,5 @@ def lane_words(defines: dict[str, int]) -> int:
     """Words that a lane reads at once."""
     if defines["STEP_BITS"]:
         return 4 * (unit_words(defines["STEP_BITS"]) + 1)
-    bits = 8 * (defines["MAIN_BITS"] + defines["RES_BITS"])
+    bits = 8 * defines["INDEX_BITS"]
     return -(-bits // 32) + (1 if bits % 32 else 0)

@@ -11,11 +11,11 @@ constexpr int SETS = 8 / BATCH;
 constexpr int ROWS_X = BATCH * TILES;
 constexpr int SLICE = WARP_COLUMNS / BATCH;  // columns of a warp's step
 #if STEP_BITS
-constexpr int STEP_WORDS = SLICE, UNIT_WORDS_OR_1 = UNIT_WORDS, INDEX_BITS_OR_1 = 1;
+constexpr int STEP_WORDS = SLICE, UNIT_WORDS_OR_1 = UNIT_WORDS;
 constexpr bool STEPS_ARE_WORDS = true;
 #define SHIFT_OF(slice) 0
 #else
-constexpr int STEP_WORDS = SLICE * INDEX_BITS / 32, UNIT_WORDS_OR_1 = 1, INDEX_BITS_OR_1 = INDEX_BITS;  // a slice's words
+constexpr int STEP_WORDS = SLICE * INDEX_BITS / 32, UNIT_WORDS_OR_1 = 1;  // a slice's words
 #define SHIFT_OF(slice) ((((slice) - (GROUPED ? (slice) / cut.of_group : 0) * cut.of_group) * SLICE + lane_column) * INDEX_BITS & 31)
 constexpr bool STEPS_ARE_WORDS = SLICE * INDEX_BITS % 32 == 0;
 #endif
@@ -50,7 +50,6 @@ struct Product {
   const float* row_scale; // by row of W, one for all, or null
   const YType* bias;
   YType* y;               // (rows, out_features)
-  float unit;             // what scale was divided by
   int rows, x_stride, x_first, scale_step, warp_columns;  // scale_step 0: one row_scale; warp_columns: warps along the columns
 };
 
@@ -166,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
   int ahead_slice = my_across, ahead_steps = cut.steps, ahead_unit = first_unit;
   auto place_in_unit = [&](int slice) {
     const int group = GROUPED ? slice / cut.of_group : 0, column = (slice - group * cut.of_group) * SLICE + lane_column;
-    return group * p.m.units * p.m.row_words + (STEP_BITS ? column : column * INDEX_BITS_OR_1 >> 5);
+    return group * p.m.units * p.m.row_words + (STEP_BITS ? column : column * INDEX_BITS >> 5);
   };
   const int lane_place = place_in_unit(my_across);
   int ahead = lane_place, ahead_turn = first_unit * UNIT_WORDS_OR_1 * p.m.row_words;
@@ -282,7 +281,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
         const int out = unit * UNIT_ROWS + row;
         if (threadIdx.x % 8 || at >= outputs || row >= UNIT_ROWS || unit >= p.m.units || out >= p.m.out_features || row_x >= p.rows)
           continue;
-        sum *= p.unit;
         sum += PREPARED ? (p.offsets ? p.offsets[row_x] : 0.f) : offset;
         const i64 place = i64(row_x) * p.m.out_features + out;
         if (p.added) sum += p.added[place];

@@ -27,7 +27,7 @@ class _ProductStruct(ctypes.Structure):
     _fields_ = [
         ("m", MatrixStruct), ("x", ctypes.c_void_p), ("perm", ctypes.c_void_p), ("scale", ctypes.c_void_p),
         ("offset", ctypes.c_void_p), ("offsets", ctypes.c_void_p), ("added", ctypes.c_void_p), ("row_scale", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p), ("y", ctypes.c_void_p), ("unit", ctypes.c_float), ("rows", ctypes.c_int),
+        ("bias", ctypes.c_void_p), ("y", ctypes.c_void_p), ("rows", ctypes.c_int),
         ("x_stride", ctypes.c_int), ("x_first", ctypes.c_int), ("scale_step", ctypes.c_int), ("warp_columns", ctypes.c_int),
     ]  # fmt: skip
 
@@ -45,13 +45,12 @@ class Columns:
 
     Attributes:
         perm: (columns,) int16 with the bits of a uint16, the number of x that each stored column takes; None: `first` on.
-        scale, offset: (columns,) float32 by stored column. unit: what scale has been divided by, so that x stays in range.
+        scale, offset: (columns,) float32 by stored column.
     """
 
     perm: Tensor | None = None
     scale: Tensor | None = None
     offset: Tensor | None = None
-    unit: float = 1.0
     first: int = 0
 
 
@@ -101,9 +100,10 @@ def product(x: Tensor, matrix: KernelMatrix, columns: Columns, rows: Rows, out: 
         "FLOAT_X": int(x.dtype == torch.float32), "FLOAT_Y": int(out == torch.float32), "PREPARED": int(cut.batch > 1),
     }  # fmt: skip
     struct = _ProductStruct(
-        m=matrix.struct, y=y.data_ptr(), unit=columns.unit, rows=len(x), x_first=columns.first, warp_columns=cut.across,
+        m=matrix.struct, y=y.data_ptr(), rows=len(x), x_first=columns.first, warp_columns=cut.across,
         perm=_pointer(columns.perm), scale=_pointer(columns.scale), offset=_pointer(columns.offset),
-        added=_pointer(rows.added), row_scale=_pointer(rows.row_scale), bias=_pointer(rows.bias), scale_step=_scale_step(rows.row_scale),
+        added=_pointer(rows.added), row_scale=_pointer(rows.row_scale), bias=_pointer(rows.bias),
+        scale_step=_scale_step(rows.row_scale),
         x=x.data_ptr(), x_stride=x.stride(0),
     )  # fmt: skip
     if cut.batch > 1:
@@ -116,9 +116,7 @@ def product(x: Tensor, matrix: KernelMatrix, columns: Columns, rows: Rows, out: 
     return y
 
 
-def weight(
-    matrix: KernelMatrix, scale: Tensor | None, offset: Tensor | None, row_scale: Tensor | None, out: Tensor
-) -> None:
+def weight(matrix: KernelMatrix, scale: Tensor | None, offset: Tensor | None, row_scale: Tensor | None, out: Tensor) -> None:
     """The matrix in full, times scale, plus offset, times row_scale, into `out`, columns in stored order.
 
     Args:

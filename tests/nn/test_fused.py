@@ -1,0 +1,250 @@
+"""Fused kernels on a GPU: every form of a linear, few rows and many, to twice the error that torch's own product has.
+
+What needs no GPU is tested without: how the work is cut, what is laid out for the kernels.
+"""
+
+import pytest
+import torch
+
+from tests.nn.test_vectors import FORM, vector_matrix
+from vptq.config import LinearConfig
+from vptq.geometry import plan_geometry
+from vptq.layer_config import LayerConfig
+from vptq.nn.kernels.packed import kernel_matrix, lane_words, make_tables, takes, unit_vectors, unit_words
+from vptq.nn.kernels.products import MOST_ROWS, cut_product
+from vptq.nn.kernels.turns import _sign_bits, _small_matrix, cut_turn
+from vptq.nn.reference import dequantize_packed
+from vptq.nn.rings import RingMatrix, make_run_table
+from vptq.nn.vquant_linear import VQuantLinear
+from vptq.quantize.rotation import Rotation
+from vptq.quantize.trellis import Trellis
+
+ROTATED = {"rotation": "hadamard", "codebook_scope": "shared"}
+SETTINGS = {
+    **{f"v{v}k{1 << b}": {"vector_lens": (-1, v), "num_centroids": (-1, 1 << b)} for v, b in
+       [(2, 3), (3, 5), (4, 8), (5, 9), (6, 12), (7, 6), (8, 12), (8, 16), (10, 7), (12, 12), (16, 13)]},
+    "residual": {"vector_lens": (-1, 8), "num_centroids": (-1, 256), "num_res_centroids": (-1, 256)},
+    "residual of 32 bits": {"vector_lens": (-1, 16), "num_centroids": (-1, 65536), "num_res_centroids": (-1, 65536)},
+    "odd residual": {"vector_lens": (-1, 6), "num_centroids": (-1, 100), "num_res_centroids": (-1, 30)},
+    "groups": {"vector_lens": (-1, 8), "num_centroids": (-1, 4096), "group_num": 4},
+    "groups and residual": {"vector_lens": (-1, 4), "num_centroids": (-1, 64), "num_res_centroids": (-1, 16), "group_num": 2},
+    "outliers": {"vector_lens": (4, 8), "num_centroids": (4096, 4096), "npercent": 2},
+    "outliers of 4, v = 6": {"vector_lens": (4, 6), "num_centroids": (100, 4096), "npercent": 1, "group_num": 2},
+    "outliers of 4, v = 10": {"vector_lens": (4, 10), "num_centroids": (16, 256), "npercent": 3},
+    "codebook in 8 bits": {"vector_lens": (-1, 8), "num_centroids": (-1, 1024), "bitwidth": 8},
+    "no scale, no order": {"vector_lens": (-1, 8), "num_centroids": (-1, 256), "enable_norm": False, "enable_perm": False},
+    "inputs": {"vector_lens": (-1, 8), "num_centroids": (-1, 512), "vector_quant_dim": "in"},
+    "rotated": {"vector_lens": (-1, 4), "num_centroids": (-1, 256), **ROTATED},
+    "rotated, row scales": {"vector_lens": (-1, 4), "num_centroids": (-1, 256), "scale_scope": "row", **ROTATED},
+    "rotated inputs": {"vector_lens": (-1, 4), "num_centroids": (-1, 256), "rotation_sides": "in", **ROTATED},
+    "rotated, own codebook": {"vector_lens": (-1, 8), "num_centroids": (-1, 1024), "rotation": "hadamard"},
+    **{f"trellis {b}": {"vector_lens": (-1, 1), "num_centroids": (-1, 4096), "trellis_bits": b, **ROTATED} for b in range(1, 9)},
+    "trellis of pairs": {"vector_lens": (-1, 2), "num_centroids": (-1, 1024), "trellis_bits": 3, **ROTATED},
+    "trellis of 16384": {"vector_lens": (-1, 1), "num_centroids": (-1, 16384), "trellis_bits": 2, **ROTATED},
+    "trellis in groups": {"vector_lens": (-1, 1), "num_centroids": (-1, 64), "trellis_bits": 2, "row_groups": 3, **ROTATED},
+}  # fmt: skip
+SETTING = pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.replace(" ", "-"))
+SHAPES = [(384, 512), (300, 204)]  # the second: nothing is a whole number of anything
+COUNTS = [0, 1, 2, 3, 8, 11, MOST_ROWS, MOST_ROWS + 1, 70]
+
+
+def random_module(setting, shape, dtype, device, generator, bias=False):
+    config = LinearConfig(**SETTINGS[setting])
+    assert not config.faults()
+    geometry, faults = plan_geometry(*shape, config)
+    assert not faults, faults
+    layer = LayerConfig.of(config, geometry, bias=bias)
+    module = VQuantLinear(**layer.to_dict(), dtype=dtype)
+    for name, parameter in module.named_parameters():
+        if name == "perm":
+            parameter.data.copy_(torch.randperm(shape[1], generator=generator))
+        elif name == "outlier_indices":
+            parameter.data.copy_(torch.randint(config.num_centroids[0], parameter.shape, generator=generator))
+        elif name == "indices":
+            parameter.data.copy_(valid_indices(layer, parameter.shape, generator))
+        elif name.endswith("packed"):
+            parameter.data.copy_(torch.randint(-(2**31), 2**31, parameter.shape, generator=generator))
+        else:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * (0.05 if "scale" in name else 1))
+    return module.to(device)
+
+
+def valid_indices(layer, shape, generator):
+    """Words whose indices name centroids that are there."""
+    from vptq.nn.packing import pack_bits
+
+    if layer.trellis_bits:
+        return torch.randint(-(2**31), 2**31, shape, generator=generator)
+    grid = (layer.group_num, *layer.geometry.group_grid)
+    main = torch.randint(layer.num_centroids[1], grid, generator=generator)
+    if layer.residual_bits:
+        main |= torch.randint(layer.num_res_centroids[1], grid, generator=generator) << layer.main_bits
+    return pack_bits(main, layer.main_bits + layer.residual_bits)
+
+
+def relative(found, right):
+    return float((found.double() - right).square().mean().sqrt() / right.square().mean().sqrt())
+
+
+@pytest.mark.gpu
+@SETTING
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_linears_err_no_more_than_twice_as_torch_does(setting, shape, dtype, generator):
+    device = torch.device("cuda", 0)
+    module = random_module(setting, shape, dtype, device, generator, bias=True)
+    weight = dequantize_packed(module.stored_tensors(), module.layer_config, torch.float32)
+    with torch.no_grad():
+        for count in COUNTS:
+            x = torch.randn(shape[1], count, generator=generator).to(device, dtype).T  # not contiguous
+            y = module(x)
+            assert y.shape == (count, shape[0]) and y.dtype == dtype
+            if count:
+                right = x.double() @ weight.double().T + module.bias.double()
+                torchs = relative(torch.nn.functional.linear(x, weight.to(dtype), module.bias), right)
+                assert relative(y, right) <= 2 * torchs, count
+        batch = torch.randn(2, 3, shape[1], generator=generator).to(device, dtype)
+        torch.testing.assert_close(module(batch), module(batch.flatten(0, 1)).unflatten(0, (2, 3)))
+    fused = module._fused.peek()[0]
+    assert (fused is None) == (setting == "inputs"), "the kernels take what they are for"
+    if fused is not None:
+        found = fused.weight()
+        stored = found if fused.order is None else found[:, torch.argsort(fused.order.long())]
+        from vptq.nn.reference import dequantize_rotated
+
+        exact = dequantize_rotated(module.stored_tensors(), module.layer_config)
+        assert relative(stored, exact.double()) <= 2 * relative(exact.to(dtype), exact.double())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", ["outliers", "rotated", "trellis 2"])
+def test_compiled_and_exported_as_it_is(setting, generator):
+    device = torch.device("cuda", 0)
+    module = random_module(setting, (384, 512), torch.float16, device, generator)
+    x = torch.randn(3, 512, generator=generator).to(device).half()
+    with torch.no_grad():
+        right = module(x)
+        torch.compiler.reset()
+        assert torch.equal(torch.compile(module, fullgraph=True)(x), right)
+        program = torch.export.export(module, (x,))
+    assert any("fused_linear" in str(node.target) for node in program.graph.nodes)
+    assert torch.equal(program.module()(x), right)
+
+
+@pytest.mark.gpu
+def test_products_go_into_a_cuda_graph(generator):
+    device = torch.device("cuda", 0)
+    module = random_module("outliers", (384, 512), torch.float16, device, generator, bias=True)
+    x = torch.randn(1, 512, generator=generator).to(device).half()
+    with torch.no_grad():
+        module(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = module(x)
+        for _ in range(3):
+            x.normal_()
+            graph.replay()
+            assert torch.equal(y, module(x))
+
+
+@pytest.mark.gpu
+def test_changes_are_seen_and_gradients_go_another_way(generator, monkeypatch):
+    device = torch.device("cuda", 0)
+    module = random_module("v8k4096", (384, 512), torch.float16, device, generator)
+    x = torch.randn(2, 512, generator=generator).to(device).half()
+    with torch.no_grad():
+        before = module(x)
+        module.centroids.weight.mul_(2)
+        doubled = module(x)
+        module.weight_bias.zero_()
+        module.centroids.weight.div_(2)
+    assert not torch.allclose(before, doubled)
+    x.requires_grad_()
+    module(x).sum().backward()
+    weight = module.dequantize().float()
+    torch.testing.assert_close(x.grad.float(), weight.sum(0).expand(2, -1), rtol=2e-2, atol=2e-2)
+    monkeypatch.setenv("VPTQ_KERNELS", "torch")
+    with torch.no_grad():
+        torch.testing.assert_close(module(x.detach()).float(), (x.float() @ weight.T).detach(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size, blocks", [(64, 1), (96, 1), (576, 1), (4096, 1), (11008, 1), (28672, 1), (832, 2), (3072, 3)])
+@pytest.mark.parametrize("back", [False, True])
+def test_turns_are_the_rotation(size, blocks, back, generator):
+    from vptq.nn.kernels.turns import turn
+
+    device = torch.device("cuda", 0)
+    rotation = Rotation(size, 5, "out", blocks)
+    x = torch.randn(3, size, generator=generator).to(device)
+    bias = torch.randn(size, generator=generator).to(device) if back else None
+    right = rotation.undo(x.double()) + bias.double() if back else rotation.apply(x.double())
+    torch.testing.assert_close(turn(x, rotation, torch.float32, back, bias).double(), right, rtol=1e-5, atol=1e-5)
+    half = turn(x.half(), rotation, torch.float16, back, None if bias is None else bias.half())
+    torch.testing.assert_close(half.double(), right, rtol=2e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("size, blocks", [(64, 1), (96, 1), (576, 1), (11008, 1), (14336, 1), (832, 2)])
+def test_a_rotation_is_laid_out_as_its_kernel_takes_it(size, blocks, generator):
+    """What turn.cu does, in words of torch."""
+    rotation = Rotation(size, 5, "out", blocks)
+    height, run = cut_turn(rotation)
+    assert height * run * blocks == size
+    words = _sign_bits(rotation, height, run, torch.device("cpu")).long()
+    small = _small_matrix(rotation, height, run, torch.device("cpu"))
+    rows = torch.arange(height)
+    negative = (words[:, rows // 32] >> (rows % 32)[:, None]) & 1  # (blocks, height, run)
+    x = torch.randn(blocks, height, run, generator=generator)
+    turned = torch.einsum("ik,bkj->bij", small, torch.where(negative > 0, -x, x))
+    from vptq.quantize.rotation import hadamard_matrix
+
+    turned = turned @ hadamard_matrix(run, torch.float32, x.device) * run**0.5
+    torch.testing.assert_close(turned.flatten(), rotation.apply(x.flatten()), rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_without_a_turn_are_left_to_torch():
+    assert cut_turn(Rotation(231 * 128, 0, "in")) is None and cut_turn(Rotation(97 * 16, 0, "in")) is None
+
+
+@FORM
+def test_tables_hold_the_codebooks_padded(form, generator):
+    matrix = vector_matrix(form, generator, torch.device("cpu"))[0]
+    if not matrix.along_out:
+        assert not takes(matrix, torch.float16)
+        return
+    assert takes(matrix, torch.float16) and not takes(matrix, torch.float32)
+    tables = make_tables(matrix, torch.float16)
+    for table, book in zip(tables, (matrix.main, matrix.residual), strict=True):
+        assert (table is None) == (book is None)
+        if book is not None:
+            assert torch.equal(table[:, : book.shape[1], : book.shape[2]], book.half())
+            assert table.shape[2] in (2, 4, 8, 16) and not table[:, :, book.shape[2] :].any()
+    made = kernel_matrix(matrix, tables)
+    assert (made.defines["COPIES"] == 0) == (len(matrix.words) > 1 or made.table_bytes > 128 << 10)
+    last = matrix.words.numel() - made.struct.last_words
+    assert last == (lane_words(made.defines) if made.defines["EVEN"] else 1)
+
+
+def test_rings_look_several_numbers_up_at_once():
+    words = torch.zeros(2, 24, 12, dtype=torch.int32)
+    matrix = RingMatrix(words, torch.randn(4096, 1), Trellis(12, 3), 500, 256)
+    made = kernel_matrix(matrix, make_tables(matrix, torch.float16))
+    assert torch.equal(made.main[0], make_run_table(matrix.table, matrix.trellis, 2).half())
+    assert (made.defines["ENTRY"], made.defines["MAIN_BITS"], made.struct.units, made.unit_rows) == (2, 15, 16, 32)
+    assert [unit_words(b) for b in (1, 2, 3, 4, 6, 8)] == [1, 1, 3, 1, 3, 1]
+    assert [unit_vectors(b) for b in (0, 1, 2, 3, 4, 6, 8)] == [1, 32, 16, 32, 8, 16, 4]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 16])
+@FORM
+def test_the_work_is_cut_so_that_all_of_it_is_done(form, count, generator):
+    matrix = vector_matrix(form, generator, torch.device("cpu"))[0]
+    if not matrix.along_out:
+        return
+    made = kernel_matrix(matrix, make_tables(matrix, torch.float16))
+    for processors in (1, 132):
+        cut = cut_product(made, count, processors, 227 << 10)
+        assert cut.batch * cut.tiles >= count and cut.batch in (1, 2, 4, 8) and cut.shared <= 227 << 10
+        assert cut.blocks <= processors and cut.threads // 32 % cut.across == 0
+        slices = -(-matrix.group_size // (256 // cut.batch)) * len(matrix.words)
+        assert cut.columns >= slices * 256 // cut.batch
