@@ -4,7 +4,8 @@
     python -m benchmarks.decode --settings v6k4096 v4k256shared trellis2 --blocks 32 [--compile]
 
 The loop is that of `vptq generate`: a cache of fixed size, one CUDA graph a token. Settings are named as in
-benchmarks.matmul. Beside the speed: the GPU memory that a model takes, and what its stored tensors, embeddings, head and cache add up to.
+benchmarks.matmul. Beside the speed: the GPU memory that a model takes, and what its stored tensors, embeddings and head among
+them, and its cache add up to.
 """
 
 from __future__ import annotations

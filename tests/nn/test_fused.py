@@ -38,7 +38,8 @@ SETTINGS = {
     "rotated, row scales": {"vector_lens": (-1, 4), "num_centroids": (-1, 256), "scale_scope": "row", **ROTATED},
     "rotated inputs": {"vector_lens": (-1, 4), "num_centroids": (-1, 256), "rotation_sides": "in", **ROTATED},
     "rotated, own codebook": {"vector_lens": (-1, 8), "num_centroids": (-1, 1024), "rotation": "hadamard"},
-    **{f"trellis {b}": {"vector_lens": (-1, 1), "num_centroids": (-1, 4096), "trellis_bits": b, **ROTATED} for b in range(1, 9)},
+    **{f"trellis {b}": {"vector_lens": (-1, 1), "num_centroids": (-1, 4096), "trellis_bits": b, **ROTATED}
+       for b in range(1, 9)},
     "trellis of pairs": {"vector_lens": (-1, 2), "num_centroids": (-1, 1024), "trellis_bits": 3, **ROTATED},
     "trellis of 16384": {"vector_lens": (-1, 1), "num_centroids": (-1, 16384), "trellis_bits": 2, **ROTATED},
     "trellis in groups": {"vector_lens": (-1, 1), "num_centroids": (-1, 64), "trellis_bits": 2, "row_groups": 3, **ROTATED},

@@ -55,7 +55,7 @@ def _rings_of(
 
 
 def _takes(matrix: VectorMatrix | RingMatrix, x: Tensor | None = None) -> bool:
-    """Whether a Triton kernel does the work: never for double precision, nor for a product that is better made from the whole."""
+    """Whether a Triton kernel does the work: not in double precision."""
     wide = matrix.dtype == torch.float64 or (x is not None and x.dtype == torch.float64)
     return not wide and use_kernels(matrix.words.device) and matrix.words.device.type != "meta"
 

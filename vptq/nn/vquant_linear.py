@@ -182,14 +182,14 @@ class VQuantLinear(nn.Module):
 
     def _fused_product(self, tensors: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor | None:
         """By the kernels for packed linears on a GPU, where they have a form for this one and no gradients are asked for."""
-        if not x.is_cuda or self.cache_weight or choice() == "torch" or x.dtype not in KERNEL_TYPES:
+        if not x.is_cuda or self.cache_weight or x.dtype not in KERNEL_TYPES:
             return None
         if _learns(tensors) or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
             return None
         if torch.compiler.is_compiling():  # what is there by then: a call, or `prepare_kernels`, before compiling makes it
             fused, parts = self._fused.peek() or (None, None)
             return None if fused is None or parts is None or fused.dtype != x.dtype else fused_call(x, fused, parts, bias)
-        if any(tensor.device != x.device for tensor in tensors.values()):
+        if choice() == "torch" or any(tensor.device != x.device for tensor in tensors.values()):
             return None
         fused = self._fused_form(tensors, x.dtype)
         return None if fused is None else fused(x, bias)

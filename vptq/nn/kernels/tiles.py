@@ -62,8 +62,8 @@ def _arguments(matrix: VectorMatrix | RingMatrix) -> tuple[list[Any], dict[str, 
     residual = main if matrix.residual is None else matrix.residual.contiguous()
     groups, rows, row_words = words.shape
     sizes = {
-        "LENGTH": matrix.vector_len, "BITS": matrix.main_bits, "RES_BITS": 0 if matrix.residual is None else matrix.residual_bits,
-        "STEP_BITS": 0, "ALONG_OUT": matrix.along_out, "RING": 0,
+        "LENGTH": matrix.vector_len, "BITS": matrix.main_bits, "STEP_BITS": 0,
+        "RES_BITS": 0 if matrix.residual is None else matrix.residual_bits, "ALONG_OUT": matrix.along_out, "RING": 0,
     }  # fmt: skip
     strides = [row_words, rows, matrix.group_size, main.shape[1], residual.shape[1]]
     return [words, main, residual, *strides], sizes, groups * matrix.group_size
