@@ -27,7 +27,7 @@ from vptq.pipeline.decode import StaticDecoder
 def make_model(config: LlamaConfig, device: torch.device) -> torch.nn.Module:
     """Random float16 weights, made on the device."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.float16)
+        model = AutoModelForCausalLM.from_config(config)
     rotary = type(model.model.rotary_emb)(config)  # what is computed, not stored
     model = model.half().to_empty(device=device).eval()
     model.model.rotary_emb = rotary.to(device)
