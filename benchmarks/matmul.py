@@ -96,7 +96,7 @@ def clock(make: Callable[[int], Callable[[], Any]], bytes_read: int, device: tor
     return in_graphs([make(number) for number in range(max(4, min(64, COLD_BYTES // max(bytes_read, 1))))])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(name: str, shape: tuple[int, int], batches: list[int], dtype: torch.dtype, device: torch.device) -> list[list[str]]:
     """One row a batch: ours, the same weight in full in each type, and the time that reading our bytes takes at least."""
     setting = parse_setting(name)
@@ -105,10 +105,14 @@ def measure(name: str, shape: tuple[int, int], batches: list[int], dtype: torch.
     full: dict[tuple[torch.dtype, int], Tensor] = {}
 
     def module(number: int) -> VQuantLinear:
-        return modules.setdefault(number, random_linear(setting, shape, dtype, device))
+        if number not in modules:
+            modules[number] = random_linear(setting, shape, dtype, device)
+        return modules[number]
 
     def weight(kind: torch.dtype, number: int) -> Tensor:
-        return full.setdefault((kind, number), torch.randn(shape, device=device).to(kind))
+        if (kind, number) not in full:
+            full[kind, number] = torch.randn(shape, device=device).to(kind)
+        return full[kind, number]
 
     rows, own, size = [], types[0], packed_bytes(module(0))
     for batch in batches:

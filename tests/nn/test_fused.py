@@ -25,11 +25,11 @@ SETTINGS = {
        [(2, 3), (3, 5), (4, 8), (5, 9), (6, 12), (7, 6), (8, 12), (8, 16), (10, 7), (12, 12), (16, 13)]},
     "residual": {"vector_lens": (-1, 8), "num_centroids": (-1, 256), "num_res_centroids": (-1, 256)},
     "residual of 32 bits": {"vector_lens": (-1, 16), "num_centroids": (-1, 65536), "num_res_centroids": (-1, 65536)},
-    "odd residual": {"vector_lens": (-1, 6), "num_centroids": (-1, 100), "num_res_centroids": (-1, 30)},
+    "odd residual": {"vector_lens": (-1, 6), "num_centroids": (-1, 128), "num_res_centroids": (-1, 32)},
     "groups": {"vector_lens": (-1, 8), "num_centroids": (-1, 4096), "group_num": 4},
     "groups and residual": {"vector_lens": (-1, 4), "num_centroids": (-1, 64), "num_res_centroids": (-1, 16), "group_num": 2},
     "outliers": {"vector_lens": (4, 8), "num_centroids": (4096, 4096), "npercent": 2},
-    "outliers of 4, v = 6": {"vector_lens": (4, 6), "num_centroids": (100, 4096), "npercent": 1, "group_num": 2},
+    "outliers of 4, v = 6": {"vector_lens": (4, 6), "num_centroids": (128, 4096), "npercent": 1, "group_num": 2},
     "outliers of 4, v = 10": {"vector_lens": (4, 10), "num_centroids": (16, 256), "npercent": 3},
     "codebook in 8 bits": {"vector_lens": (-1, 8), "num_centroids": (-1, 1024), "bitwidth": 8},
     "no scale, no order": {"vector_lens": (-1, 8), "num_centroids": (-1, 256), "enable_norm": False, "enable_perm": False},
@@ -45,7 +45,7 @@ SETTINGS = {
     "trellis in groups": {"vector_lens": (-1, 1), "num_centroids": (-1, 64), "trellis_bits": 2, "row_groups": 3, **ROTATED},
 }  # fmt: skip
 SETTING = pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.replace(" ", "-"))
-SHAPES = [(384, 512), (300, 204)]  # the second: nothing is a whole number of anything
+SHAPES = [(384, 512), (300, 204)]  # the second: nothing is a whole number of anything, nor can it be turned by a kernel
 COUNTS = [0, 1, 2, 3, 8, 11, MOST_ROWS, MOST_ROWS + 1, 70]
 
 
@@ -89,7 +89,7 @@ def relative(found, right):
 
 @pytest.mark.gpu
 @SETTING
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (352, 224)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_linears_err_no_more_than_twice_as_torch_does(setting, shape, dtype, generator):
     device = torch.device("cuda", 0)
@@ -107,7 +107,8 @@ def test_linears_err_no_more_than_twice_as_torch_does(setting, shape, dtype, gen
         batch = torch.randn(2, 3, shape[1], generator=generator).to(device, dtype)
         torch.testing.assert_close(module(batch), module(batch.flatten(0, 1)).unflatten(0, (2, 3)))
     fused = module._fused.peek()[0]
-    assert (fused is None) == (setting == "inputs"), "the kernels take what they are for"
+    turned = SETTINGS[setting].get("rotation") == "hadamard"
+    assert (fused is None) == (setting == "inputs" or (turned and shape == SHAPES[1])), "the kernels take what they are for"
     if fused is not None:
         found = fused.weight()
         stored = found if fused.order is None else found[:, torch.argsort(fused.order.long())]

@@ -19,6 +19,7 @@ from vptq.models.stream import FolderSource, TensorSource, load_module
 from vptq.nn.reference import dequantize_packed
 from vptq.nn.replace import replace_linears
 from vptq.nn.vquant_linear import cache_weights as keep_weights
+from vptq.nn.vquant_linear import prepare_kernels
 
 TORCH_DTYPES = {
     "F16": torch.float16,
@@ -137,6 +138,7 @@ def load_quantized(
     with contextlib.suppress(OSError):
         model.generation_config = _generation_config(folder)
     keep_weights(model, cache_weights)
+    prepare_kernels(model)
     return model.eval()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vptq.backend import choice
 from vptq.errors import VptqError
 from vptq.layer_config import LayerConfig
+from vptq.nn.column_order import can_fold_order, fold_order
 from vptq.nn.kept import Kept
 from vptq.nn.kernels.fused import FusedLinear, fused_linear
 from vptq.nn.kernels.nvrtc import kernels_run
@@ -197,7 +198,8 @@ class VQuantLinear(nn.Module):
     def prepare_kernels(self, dtype: torch.dtype) -> bool:
         """Make what the GPU's kernels multiply with, for inputs of type `dtype`; whether they have a form for this linear.
 
-        The first call of the module does it as well. Before torch.compile or torch.export it has to have been done.
+        The first call of the module does it as well. Before torch.compile or torch.export it has to have been done. The order
+        of the columns is folded into the indices on the way, where it can be: `perm` then changes nothing any more.
         """
         tensors = self._tensors()
         present = all(tensor.is_cuda for tensor in tensors.values())
@@ -209,6 +211,8 @@ class VQuantLinear(nn.Module):
             with torch.cuda.device(device):
                 if not kernels_run(device):
                     return None, None
+                if can_fold_order(self.layer_config):
+                    fold_order(tensors, self.layer_config)
                 fused = fused_linear(tensors, self.layer_config, dtype, self._kernel_tables(tensors, dtype))
             return fused, None if fused is None else taken_apart(fused)
 
@@ -301,3 +305,10 @@ def cache_weights(model: nn.Module, on: bool = True, limit: float | None = None)
             module.set_cache(fits)
             used += needed if fits else 0
     return used
+
+
+def prepare_kernels(model: nn.Module) -> int:
+    """Make ready the VQuantLinears of a model that lie on a GPU, for inputs of the model's own type; how many there are."""
+    dtype = getattr(model, "dtype", torch.get_default_dtype())
+    ours = [module for module in model.modules() if isinstance(module, VQuantLinear)]
+    return sum(module.prepare_kernels(dtype) for module in ours if module.unpacks_whole and not module.cache_weight)

@@ -266,7 +266,8 @@ DEVICE void take_words(const char* stage, int shift, u32 (&q)[LANE_WORDS]) {
 #endif
 }
 
-// Codebooks into shared memory, COPIES times side by side; where they stay in global memory, nothing.
+// Codebooks into shared memory, COPIES times side by side; where they stay in global memory, nothing. Some of it is copied in
+// the background: close_copies and await_copies are to follow.
 DEVICE void fill_tables(const Matrix& m, char* shared) {
 #if COPIES
   constexpr int UNIT = COPIES == 1 ? 16 : min_of(16, ENTRY_BYTES * COPIES), FROM = min_of(16, ENTRY_BYTES);  // bytes written and read at once
@@ -280,8 +281,7 @@ DEVICE void fill_tables(const Matrix& m, char* shared) {
     for (int i = UNIT * threadIdx.x; i < bytes; i += UNIT * blockDim.x) {
       const int at = (i + shift) & (bytes - 1), entry = at / (ENTRY_BYTES * COPIES);
       const char* p = from + (COPIES == 1 ? at : entry * ENTRY_BYTES + at % ENTRY_BYTES / FROM * FROM);
-      if constexpr (FROM == 16) *(u32x4*)(to + at) = *(const u32x4*)p;
-      if constexpr (FROM < 16 && COPIES == 1) *(u32x4*)(to + at) = *(const u32x4*)p;
+      if constexpr (FROM == 16 || COPIES == 1) copy_16(shared_address(to + at), (const u32*)p, true);
       if constexpr (FROM < 16 && COPIES > 1) {
         u32 v[4];
         if constexpr (FROM == 8) { const u64 e = *(const u64*)p; v[0] = v[2] = u32(e); v[1] = v[3] = u32(e >> 32); }

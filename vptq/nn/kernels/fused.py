@@ -17,6 +17,7 @@ from vptq.nn.reference import rotation_of
 from vptq.nn.rings import RingMatrix
 from vptq.nn.vectors import VectorMatrix
 
+SMALLEST_SCALE = 2.0**-30
 TURNED_ROWS = 32768  # at once: a launch takes no more
 
 
@@ -105,15 +106,21 @@ def fused_linear(
     made = [_made(main, dtype, tables)] + ([] if outliers is None else [_made(outliers, dtype)])
     if not all(fits(matrix, matrix.words.device) for matrix in made):
         return None
-    perm = tensors["perm"] if config.enable_perm else None
-    order = None if perm is None else (perm.int() & 0xFFFF)
+    order = (tensors["perm"].int() & 0xFFFF) if config.enable_perm else None
+    if order is not None and torch.equal(order, torch.arange(len(order), dtype=torch.int32, device=order.device)):
+        order = None
+    perm = None if order is None else tensors["perm"]
     scale = _in_order(tensors["weight_scale"], order, 1.0) if config.enable_norm else None
     offset = _in_order(tensors["weight_bias"], order, 0.0) if config.enable_norm else None
     weight_scale = row_scale = row_scales(tensors, config)
-    columns = Columns(perm=perm, offset=None if offset is None else offset.float())
-    if scale is not None:  # at most 1, so that 16 bits still hold x times scale; the rest of it goes to the rows
-        unit = scale.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        columns = replace(columns, scale=scale.float() / unit, offset=None if offset is None else offset.float() / unit)
+    columns = Columns(perm=perm, offset=None if offset is None else offset.to(dtype))
+    if scale is not None:  # at most 1, so that 16 bits still hold x times scale; the rest, a power of two, goes to the rows
+        unit = torch.exp2(scale.float().abs().max().clamp_min(SMALLEST_SCALE).log2().ceil())
+        columns = replace(
+            columns,
+            scale=(scale.float() / unit).to(dtype),
+            offset=None if offset is None else (offset.float() / unit).to(dtype),
+        )
         row_scale = unit[None] if row_scale is None else row_scale * unit
     size = config.outlier_size
     torch.cuda.current_stream(main.words.device).synchronize()  # kernels read codebooks before they wait for what ran before

@@ -44,7 +44,7 @@ struct Product {
   Matrix m;
   const XType* x;         // (rows, x_stride)
   const u16* perm;        // column of x for each stored one; null: x_first on
-  const float *scale, *offset;  // by stored column, or null
+  const u16 *scale, *offset;  // by stored column, or null
   const float* offsets;   // PREPARED: Σ x offset of each row, or null
   const float* added;     // (rows, out_features) added to the sums, or null
   const float* row_scale; // by row of W, one for all, or null
@@ -73,29 +73,60 @@ struct Slices {
   DEVICE int columns() const { return steps * across * SLICE; }  // of x made ready: whole slices, zeros where there is none
 };
 
-// One row of x in stored order, scaled, 16 bits; the answer is this thread's share of Σ x offset. Eight columns at a time, all
-// of whose loads are on their way together.
-DEVICE float make_ready(const Product& p, const Slices& cut, const XType* x, u16* to) {
-  float sum = 0;
-  for (int chunk = threadIdx.x; chunk < cut.columns() / 8; chunk += THREADS) {
-    const int of_group = cut.of_group * (SLICE / 8), group = GROUPED ? chunk / of_group : 0, i = (chunk - group * of_group) * 8;
-    const int stored = group * p.m.group_size + i;
-    const int count = GROUPED && group >= p.m.groups ? 0 : max(0, min(8, p.m.group_size - i));
-    int from[8];
-    float value[8];
+// What eight stored columns ask of x: constants, so they are read before x is there.
+struct Eight {
+  u16 perm[8], scale[8], offset[8];
+  int stored, count;  // the first column, and how many there are
+};
+
+DEVICE void read_eight(const u16* p, int at, int count, u16 (&v)[8]) {
+#if EVEN || STEP_BITS && WIDE
+  if (count >= 8) {
+    const u32x4 q = *(const u32x4*)(p + at);
+    const u32 words[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
-    for (int j = 0; j < 8; j++) from[j] = j >= count ? 0 : p.perm ? p.perm[stored + j] : p.x_first + stored + j;
-#pragma unroll
-    for (int j = 0; j < 8; j++) value[j] = j >= count ? 0.f : x_float(x[from[j]]);
-    if (p.offset)
-#pragma unroll
-      for (int j = 0; j < 8; j++) sum += j < count ? value[j] * p.offset[stored + j] : 0.f;
-    if (p.scale)
-#pragma unroll
-      for (int j = 0; j < 8; j++) value[j] *= j < count ? p.scale[stored + j] : 0.f;
-    u32x4 halves = {pair_of(value[0], value[1]), pair_of(value[2], value[3]), pair_of(value[4], value[5]), pair_of(value[6], value[7])};
-    *(u32x4*)(to + 8 * chunk) = halves;
+    for (int j = 0; j < 8; j++) v[j] = u16(words[j / 2] >> (j % 2 * 16));
+    return;
   }
+#endif
+#pragma unroll
+  for (int j = 0; j < 8; j++) v[j] = j < count ? p[at + j] : 0;
+}
+
+DEVICE Eight eight_at(const Product& p, const Slices& cut, int chunk) {
+  Eight e;
+  const int of_group = cut.of_group * (SLICE / 8), group = GROUPED ? chunk / of_group : 0, i = (chunk - group * of_group) * 8;
+  e.stored = group * p.m.group_size + i;
+  e.count = GROUPED && group >= p.m.groups ? 0 : max(0, min(8, p.m.group_size - i));
+  if (p.perm) read_eight(p.perm, e.stored, e.count, e.perm);
+  if (p.scale) read_eight(p.scale, e.stored, e.count, e.scale);
+  if (p.offset) read_eight(p.offset, e.stored, e.count, e.offset);
+  return e;
+}
+
+// Those columns of x in stored order, scaled, 16 bits; the answer is their share of Σ x offset.
+DEVICE float make_eight(const Product& p, const XType* x, const Eight& e, u16* to) {
+  float value[8], sum = 0;
+#pragma unroll
+  for (int j = 0; j < 8; j++) value[j] = j < e.count ? x_float(x[p.perm ? e.perm[j] : p.x_first + e.stored + j]) : 0.f;
+#pragma unroll
+  for (int j = 0; j < 8; j++)
+    if (p.offset) sum += j < e.count ? value[j] * to_float(e.offset[j]) : 0.f;
+#pragma unroll
+  for (int j = 0; j < 8; j++)
+    if (p.scale) value[j] *= j < e.count ? to_float(e.scale[j]) : 0.f;
+  *(u32x4*)to = {pair_of(value[0], value[1]), pair_of(value[2], value[3]), pair_of(value[4], value[5]), pair_of(value[6], value[7])};
+  return sum;
+}
+
+// One row of x, all of its columns; `first`: this thread's first ones, read before.
+DEVICE float make_ready(const Product& p, const Slices& cut, const XType* x, const Eight& first, u16* to) {
+  float sum = 0;
+  const int chunks = cut.columns() / 8;
+  if (threadIdx.x < chunks) sum += make_eight(p, x, first, to + 8 * threadIdx.x);
+#pragma unroll 2
+  for (int chunk = threadIdx.x + THREADS; chunk < chunks; chunk += THREADS)
+    sum += make_eight(p, x, eight_at(p, cut, chunk), to + 8 * chunk);
   return sum;
 }
 
@@ -183,16 +214,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
   };
 
   let_next_begin();
+  fill_tables(p.m, books);
+  close_copies();
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) begin(i * STAGE_BYTES);
-  fill_tables(p.m, books);
-  wait_for_inputs();
   float offset = 0;
 #if !PREPARED
-  offset = make_ready(p, cut, p.x, ready);
+  const Eight first = eight_at(p, cut, threadIdx.x);
+  wait_for_inputs();
+  offset = make_ready(p, cut, p.x, first, ready);
   if (p.offset) offset = sum_of_block(offset, parts);
   const u16* x_row[1] = {ready};
 #else
+  wait_for_inputs();
   const u16* x_row[TILES];
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
@@ -200,6 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
     x_row[tile] = row < p.rows ? (const u16*)p.x + i64(row) * p.x_stride : nullptr;
   }
 #endif
+  await_copies<STAGES - 1>();  // the codebooks'
   __syncthreads();
 
   auto load_x = [&](int column, u32 (&x)[TILES][LANE_COLUMNS / 2]) {
@@ -302,10 +337,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
 extern "C" __global__ void __launch_bounds__(THREADS) prepare(const __grid_constant__ Product p, u16* to, float* offsets) {
   __shared__ float parts[WARPS];
   let_next_begin();
+  const Slices cut(p);
+  const Eight first = eight_at(p, cut, threadIdx.x);
   wait_for_inputs();
   const i64 row = blockIdx.x;
-  const Slices cut(p);
-  const float sum = make_ready(p, cut, p.x + row * p.x_stride, to + row * cut.columns());
+  const float sum = make_ready(p, cut, p.x + row * p.x_stride, first, to + row * cut.columns());
   const float whole = sum_of_block(sum, parts);
   if (offsets && !threadIdx.x) offsets[row] = whole;
 }

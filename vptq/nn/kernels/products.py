@@ -45,7 +45,7 @@ class Columns:
 
     Attributes:
         perm: (columns,) int16 with the bits of a uint16, the number of x that each stored column takes; None: `first` on.
-        scale, offset: (columns,) float32 by stored column.
+        scale, offset: (columns,) of the codebooks' type, by stored column; all three where they can be read 16 bytes at a time.
     """
 
     perm: Tensor | None = None

@@ -88,7 +88,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) weight(const __grid_consta
   const Matrix& m = w.m;
   let_next_begin();
   fill_tables(m, (char*)shared);
+  close_copies();
   wait_for_inputs();
+  await_copies<0>();
   __syncthreads();
   const int lane = threadIdx.x % 32, group_slices = (m.group_size + WARP_COLUMNS - 1) / WARP_COLUMNS, slices = group_slices * m.groups;
   const i64 items = i64(m.units) * slices, step = i64(gridDim.x) * (THREADS / 32);
