@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.common import default_device, describe, show_table
 from benchmarks.matmul import parse_setting, random_linear
-from vptq.nn.vquant_linear import VQuantLinear
+from vptq.nn.vquant_linear import VQuantLinear, prepare_kernels
 from vptq.pipeline.decode import StaticDecoder
 
 
@@ -93,6 +93,7 @@ def main() -> None:
         model = make_model(config, device)
         if name != "float16":
             pack(model, name, device)
+            prepare_kernels(model)
         gc.collect()
         torch.cuda.empty_cache()
         stored = sum(parameter.nbytes for parameter in {id(p): p for p in model.parameters()}.values())

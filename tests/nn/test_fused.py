@@ -11,7 +11,7 @@ from vptq.config import LinearConfig
 from vptq.geometry import plan_geometry
 from vptq.layer_config import LayerConfig
 from vptq.nn.kernels.packed import kernel_matrix, lane_words, make_tables, takes, unit_vectors, unit_words
-from vptq.nn.kernels.products import MOST_ROWS, cut_product
+from vptq.nn.kernels.products import MOST_ROWS, cut_products
 from vptq.nn.kernels.turns import _sign_bits, _small_matrix, cut_turn
 from vptq.nn.reference import dequantize_packed
 from vptq.nn.rings import RingMatrix, make_run_table
@@ -245,7 +245,7 @@ def test_the_work_is_cut_so_that_all_of_it_is_done(form, count, generator):
         return
     made = kernel_matrix(matrix, make_tables(matrix, torch.float16))
     for processors in (1, 132):
-        cut = cut_product(made, count, processors, 227 << 10)
+        (cut,) = cut_products([made], count, [processors], 227 << 10)
         assert cut.batch * cut.tiles >= count and cut.batch in (1, 2, 4, 8) and cut.shared <= 227 << 10
         assert cut.blocks <= processors and cut.threads // 32 % cut.across == 0
         slices = -(-matrix.group_size // (256 // cut.batch)) * len(matrix.words)

@@ -97,11 +97,12 @@ def _make_classes() -> tuple[type, type]:
             replace_linears(model, layers)
 
         def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
-            from vptq.nn.vquant_linear import VQuantLinear  # noqa: PLC0415
+            from vptq.nn.vquant_linear import VQuantLinear, prepare_kernels  # noqa: PLC0415
 
             for module in model.modules():
                 if isinstance(module, VQuantLinear):
                     module.requires_grad_(False)  # transformers 5 turns it on for every float tensor
+            prepare_kernels(model)
             return model
 
         def is_serializable(self, safe_serialization: bool | None = None) -> bool:

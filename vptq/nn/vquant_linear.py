@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +13,15 @@ from vptq.backend import choice
 from vptq.errors import VptqError
 from vptq.layer_config import LayerConfig
 from vptq.nn.column_order import can_fold_order, fold_order
+from vptq.nn.companions import Companions
 from vptq.nn.kept import Kept
-from vptq.nn.kernels.fused import FusedLinear, fused_linear
+from vptq.nn.kernels.fused import FusedLinear, few_rows, fused_linear, go_together
 from vptq.nn.kernels.nvrtc import kernels_run
 from vptq.nn.kernels.operator import call as fused_call
 from vptq.nn.kernels.operator import taken_apart
 from vptq.nn.kernels.packed import FLOATS as KERNEL_TYPES
 from vptq.nn.kernels.packed import make_tables
+from vptq.nn.kernels.products import MOST_MATRICES, MOST_ROWS
 from vptq.nn.operands import Operands, main_matrix
 from vptq.nn.ops import rotate
 from vptq.nn.reference import dequantize_packed, dequantize_rotated, rotation_of
@@ -98,6 +100,7 @@ class VQuantLinear(nn.Module):
         self._books: Kept[dict[str, Any]] = Kept()
         self._fused: Kept[tuple[FusedLinear | None, Any]] = Kept()
         self._tables: Kept[tuple[Tensor, Tensor | None]] = Kept()
+        self._companions: Companions[VQuantLinear] | None = None  # of linears that `prepare_kernels` found beside this one
         self._owner: tuple[VQuantLinear, ...] = ()  # in a tuple, so that it is no child of this module
         dtype = dtype or torch.get_default_dtype()
         for name, (shape, kind) in self.layer_config.tensor_shapes().items():
@@ -193,7 +196,13 @@ class VQuantLinear(nn.Module):
         if choice() == "torch" or any(tensor.device != x.device for tensor in tensors.values()):
             return None
         fused = self._fused_form(tensors, x.dtype)
-        return None if fused is None else fused(x, bias)
+        if fused is None:
+            return None
+        if self._companions is not None and 0 < x.numel() <= MOST_ROWS * self.in_features:
+            found = self._companions.product(self, x, _multiply_all)
+            if found is not None:
+                return found
+        return fused(x, bias)
 
     def prepare_kernels(self, dtype: torch.dtype) -> bool:
         """Make what the GPU's kernels multiply with, for inputs of type `dtype`; whether they have a form for this linear.
@@ -249,6 +258,8 @@ class VQuantLinear(nn.Module):
         return Operands.of(tensors, self.layer_config, replace(matrix, **books))
 
     def _forget(self) -> None:
+        if self._companions is not None:
+            self._companions.forget()
         for kept in (self._cached, self._prepared, self._books, self._fused, self._tables):
             kept.drop()
 
@@ -269,6 +280,23 @@ class VQuantLinear(nn.Module):
             f"vector_quant_dim={c.vector_quant_dim}, bias={c.bias}"
             + (f", rotation={c.rotation}, trellis_bits={c.trellis_bits}" if c.rotation != "none" or c.trellis_bits else "")
         )
+
+
+def _multiply_all(linears: Sequence[VQuantLinear], x: Tensor) -> list[Tensor] | None:
+    """Products of a few rows with linears that the kernels take in one launch; None where they don't."""
+    forms: list[FusedLinear] = []
+    for linear in linears[:MOST_MATRICES]:
+        tensors = linear._tensors()
+        there = not linear.cache_weight and not _learns(tensors) and all(t.device == x.device for t in tensors.values())
+        form = linear._fused_form(tensors, x.dtype) if there else None
+        if form is None or not go_together(form, forms[0] if forms else form):
+            return None
+        forms.append(form)
+    if len(forms) < len(linears):
+        return None
+    biases = [None if linear.bias is None else linear.bias.to(x.dtype) for linear in linears]
+    found = few_rows(x.reshape(-1, x.shape[-1]).contiguous(), forms, biases)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in found]
 
 
 def _books_of(matrix: VectorMatrix | RingMatrix) -> dict[str, Any]:
@@ -308,7 +336,15 @@ def cache_weights(model: nn.Module, on: bool = True, limit: float | None = None)
 
 
 def prepare_kernels(model: nn.Module) -> int:
-    """Make ready the VQuantLinears of a model that lie on a GPU, for inputs of the model's own type; how many there are."""
+    """Make ready the VQuantLinears of a model that lie on a GPU, for inputs of the model's own type; how many there are.
+
+    Those of one parent module that are given one input will be multiplied together.
+    """
+    for parent in model.modules():
+        beside = [child for child in parent.children() if isinstance(child, VQuantLinear) and child.unpacks_whole]
+        company: Companions[VQuantLinear] | None = Companions() if len(beside) > 1 else None
+        for child in beside:
+            child._companions = company
     dtype = getattr(model, "dtype", torch.get_default_dtype())
     ours = [module for module in model.modules() if isinstance(module, VQuantLinear)]
     return sum(module.prepare_kernels(dtype) for module in ours if module.unpacks_whole and not module.cache_weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vptq.layer_config import LayerConfig
 from vptq.nn.kernels.packed import KernelMatrix, kernel_matrix, make_tables, takes
-from vptq.nn.kernels.products import MOST_ROWS, Columns, Rows, fits, product, weight
+from vptq.nn.kernels.products import MOST_ROWS, Columns, Factor, Rows, fits, product, products, weight
 from vptq.nn.kernels.turns import cut_turn, turn
 from vptq.nn.operands import main_matrix, outlier_matrix, row_scales
 from vptq.nn.reference import rotation_of
@@ -56,16 +56,7 @@ class FusedLinear:
         return found.view(*x.shape[:-1], self.config.out_features)
 
     def _few(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        rotation = rotation_of(self.config)
-        if rotation.across is not None:
-            x = turn(x.contiguous(), rotation.across, torch.float32)
-        added = None
-        if self.outliers is not None:
-            added = product(x, self.outliers, self.outlier_columns, Rows(), torch.float32)
-        turned = rotation.down is not None
-        rows = Rows(added, self.row_scale, None if turned else bias)
-        found = product(x, self.main, self.main_columns, rows, torch.float32 if turned else self.dtype)
-        return found if rotation.down is None else turn(found, rotation.down, self.dtype, back=True, bias=bias)
+        return few_rows(x, [self], [bias])[0]
 
     def _many(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rotation = rotation_of(self.config)
@@ -92,13 +83,45 @@ class FusedLinear:
         return found
 
 
+def few_rows(x: Tensor, linears: Sequence[FusedLinear], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """One x, (n, in_features), n from 1 to MOST_ROWS, with several linears that `go_together`: (n, out_features) for each."""
+    first = linears[0]
+    rotation = rotation_of(first.config)
+    if rotation.across is not None:
+        x = turn(x.contiguous(), rotation.across, torch.float32)
+    down = [rotation_of(linear.config).down for linear in linears]
+    out = first.dtype if down[0] is None else torch.float32
+    factors = []
+    for linear, bias, turned in zip(linears, biases, down, strict=True):
+        added = None
+        if linear.outliers is not None:
+            added = product(x, Factor(linear.outliers, linear.outlier_columns), torch.float32)
+        rows = Rows(added, linear.row_scale, bias if turned is None else None)
+        factors.append(Factor(linear.main, linear.main_columns, rows))
+    found = products(x, factors, out)
+    return [
+        y if turned is None else turn(y, turned, first.dtype, back=True, bias=bias)
+        for y, turned, bias in zip(found, down, biases, strict=True)
+    ]
+
+
+def go_together(a: FusedLinear, b: FusedLinear) -> bool:
+    """Whether two linears with one input can be multiplied in one launch."""
+    turns = [rotation_of(linear.config) for linear in (a, b)]
+    same_turns = turns[0].across == turns[1].across and (turns[0].down is None) == (turns[1].down is None)
+    return (
+        same_turns and a.dtype == b.dtype and a.main.defines == b.main.defines and a.config.in_features == b.config.in_features
+    )
+
+
 def fused_linear(
     tensors: Mapping[str, Tensor], config: LayerConfig, dtype: torch.dtype, tables: tuple[Tensor, Tensor | None] | None = None
 ) -> FusedLinear | None:
     """From stored tensors on a GPU; None for a form that the kernels don't have.
 
     Args:
-        tensors: as `LayerConfig.tensor_shapes` names them, and a shared codebook. tables: of `make_tables`, where kept.
+        tensors: as `LayerConfig.tensor_shapes` names them, and a shared codebook.
+        tables: (groups, entries, entry) of `make_tables`, where they are kept.
     """
     main, outliers = main_matrix(tensors, config, dtype), outlier_matrix(tensors, config, dtype)
     if not all(takes(matrix, dtype) for matrix in (main, outliers) if matrix is not None) or not _turns(config):

@@ -66,7 +66,7 @@ def taken_apart(fused: FusedLinear) -> tuple[list[Tensor], str]:
 
 
 def put_together(tensors: list[Tensor], form: str) -> FusedLinear:
-    """The inverse of `taken_apart`."""
+    """The inverse of `taken_apart`, whose tensors (of any shape) these are."""
     said = _read(form)
     found = dict(zip(said["names"], tensors, strict=True))
     plain = {name: found.get(name) for name in TENSORS}

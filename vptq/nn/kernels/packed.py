@@ -73,7 +73,7 @@ def make_tables(matrix: VectorMatrix | RingMatrix, dtype: torch.dtype) -> tuple[
 
 
 def kernel_matrix(matrix: VectorMatrix | RingMatrix, tables: tuple[Tensor, Tensor | None]) -> KernelMatrix:
-    """From packed tensors on a GPU and what `make_tables` made of the codebooks; `takes` says for which."""
+    """From packed tensors on a GPU and what `make_tables` made: (groups, entries, entry). `takes` says for which."""
     main, residual = tables
     if isinstance(matrix, RingMatrix):
         return _of_rings(matrix, main)

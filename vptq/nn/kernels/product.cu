@@ -40,18 +40,34 @@ typedef u16 YType;
 DEVICE u16 y_type(float v) { return from_float(v); }
 #endif
 
+// One matrix and what is done with it.
 struct Product {
   Matrix m;
-  const XType* x;         // (rows, x_stride)
+  const XType* x;         // (rows, x_stride); PREPARED: what `prepare` reads
   const u16* perm;        // column of x for each stored one; null: x_first on
   const u16 *scale, *offset;  // by stored column, or null
-  const float* offsets;   // PREPARED: Σ x offset of each row, or null
   const float* added;     // (rows, out_features) added to the sums, or null
   const float* row_scale; // by row of W, one for all, or null
   const YType* bias;
   YType* y;               // (rows, out_features)
+  u16* ready;             // PREPARED: (rows, columns of `Slices`)
+  float* sums;            // PREPARED: Σ x offset of each row, or null
   int rows, x_stride, x_first, scale_step, warp_columns;  // scale_step 0: one row_scale; warp_columns: warps along the columns
 };
+
+// Matrices that are multiplied with one x in one launch; blocks from first[i] to first[i + 1] work on the i-th.
+constexpr int MOST_MATRICES = 4;
+struct Products {
+  Product p[MOST_MATRICES];
+  int first[MOST_MATRICES + 1];
+  int count;
+};
+
+DEVICE int matrix_of(const Products& all) {
+  int i = 0;
+  while (i + 1 < all.count && int(blockIdx.x) >= all.first[i + 1]) i++;
+  return i;
+}
 
 DEVICE void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if BF16
@@ -175,7 +191,10 @@ template <int FIRST> DEVICE void add_step(const u32 (&q)[LANE_WORDS], const Tabl
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Product p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Products all) {
+  const int own_matrix = matrix_of(all), block = blockIdx.x - all.first[own_matrix];
+  const int blocks = all.first[own_matrix + 1] - all.first[own_matrix];
+  const Product& p = all.p[own_matrix];
   extern __shared__ u32x4 shared[];
   const Slices cut(p);
   char* books = (char*)shared;
@@ -186,9 +205,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
   const int across = cut.across, down = WARPS / across, my_across = warp % across, my_down = warp / across;
   const int set = g / BATCH, own = g % BATCH;  // own: which unit of W, and which row of x, this lane reads
   const int stride = across + 1;
-  const int turn_units = gridDim.x * down * BATCH, turns = (p.m.units + turn_units - 1) / turn_units;
+  const int turn_units = blocks * down * BATCH, turns = (p.m.units + turn_units - 1) / turn_units;
   const int lane_column = (set * 4 + t) * LANE_COLUMNS;
-  const int first_unit = (my_down * gridDim.x + blockIdx.x) * BATCH + own;
+  const int first_unit = (my_down * blocks + block) * BATCH + own;
 
   // Words are copied STAGES - 1 steps ahead of those that are worked on, through the same turns and steps.
   const int turn_jump = turn_units * UNIT_WORDS_OR_1 * p.m.row_words;
@@ -231,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
     const int row = tile * BATCH + own;
-    x_row[tile] = row < p.rows ? (const u16*)p.x + i64(row) * p.x_stride : nullptr;
+    x_row[tile] = row < p.rows ? p.ready + i64(row) * cut.columns() : nullptr;
   }
 #endif
   await_copies<STAGES - 1>();  // the codebooks'
@@ -312,11 +331,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
         rest /= BATCH;
         const int row = rest % (2 * PART_PAIRS) + 2 * first, done = rest / (2 * PART_PAIRS);
         const int of_turn = turn - turn % PART_TURNS + done / down;
-        const int unit = ((of_turn * down + done % down) * gridDim.x + blockIdx.x) * BATCH + unit_own;
+        const int unit = ((of_turn * down + done % down) * blocks + block) * BATCH + unit_own;
         const int out = unit * UNIT_ROWS + row;
         if (threadIdx.x % 8 || at >= outputs || row >= UNIT_ROWS || unit >= p.m.units || out >= p.m.out_features || row_x >= p.rows)
           continue;
-        sum += PREPARED ? (p.offsets ? p.offsets[row_x] : 0.f) : offset;
+        sum += PREPARED ? (p.sums ? p.sums[row_x] : 0.f) : offset;
         const i64 place = i64(row_x) * p.m.out_features + out;
         if (p.added) sum += p.added[place];
         if (p.row_scale) sum *= p.row_scale[out * p.scale_step];
@@ -333,16 +352,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
 }
 
 #if PREPARED
-// Rows of x made ready, one a block: (rows, columns of `Slices`) 16 bits, and Σ x offset of each.
-extern "C" __global__ void __launch_bounds__(THREADS) prepare(const __grid_constant__ Product p, u16* to, float* offsets) {
+// Rows of x made ready, one a block, for the matrix blockIdx.y: 16 bits, and Σ x offset of each.
+extern "C" __global__ void __launch_bounds__(THREADS) prepare(const __grid_constant__ Products all) {
+  const Product& p = all.p[blockIdx.y];
   __shared__ float parts[WARPS];
   let_next_begin();
   const Slices cut(p);
   const Eight first = eight_at(p, cut, threadIdx.x);
   wait_for_inputs();
   const i64 row = blockIdx.x;
-  const float sum = make_ready(p, cut, p.x + row * p.x_stride, first, to + row * cut.columns());
+  const float sum = make_ready(p, cut, p.x + row * p.x_stride, first, p.ready + row * cut.columns());
   const float whole = sum_of_block(sum, parts);
-  if (offsets && !threadIdx.x) offsets[row] = whole;
+  if (p.sums && !threadIdx.x) p.sums[row] = whole;
 }
 #endif

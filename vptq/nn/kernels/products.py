@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from vptq.nn.kernels.nvrtc import Kernel, get_kernel
 from vptq.nn.kernels.packed import COPIED_TABLES, KernelMatrix, MatrixStruct, lane_words
 
 MOST_ROWS = 16  # of x that one launch takes
+MOST_MATRICES = 4  # and of matrices
 MOST_SUMS = 64  # that a thread keeps
 MOST_THREADS = 512
 SHARED_OF_TWO = 200 << 10  # bytes, of two blocks on a processor
@@ -24,11 +26,21 @@ MOST_TURNS = 8
 
 
 class _ProductStruct(ctypes.Structure):
+    """`Product` of product.cu."""
+
     _fields_ = [
         ("m", MatrixStruct), ("x", ctypes.c_void_p), ("perm", ctypes.c_void_p), ("scale", ctypes.c_void_p),
-        ("offset", ctypes.c_void_p), ("offsets", ctypes.c_void_p), ("added", ctypes.c_void_p), ("row_scale", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p), ("y", ctypes.c_void_p), ("rows", ctypes.c_int),
+        ("offset", ctypes.c_void_p), ("added", ctypes.c_void_p), ("row_scale", ctypes.c_void_p), ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p), ("ready", ctypes.c_void_p), ("sums", ctypes.c_void_p), ("rows", ctypes.c_int),
         ("x_stride", ctypes.c_int), ("x_first", ctypes.c_int), ("scale_step", ctypes.c_int), ("warp_columns", ctypes.c_int),
+    ]  # fmt: skip
+
+
+class _ProductsStruct(ctypes.Structure):
+    """`Products` of product.cu."""
+
+    _fields_ = [
+        ("p", _ProductStruct * MOST_MATRICES), ("first", ctypes.c_int * (MOST_MATRICES + 1)), ("count", ctypes.c_int),
     ]  # fmt: skip
 
 
@@ -85,35 +97,62 @@ class Cut:
     columns: int
 
 
-def product(x: Tensor, matrix: KernelMatrix, columns: Columns, rows: Rows, out: torch.dtype) -> Tensor:
-    """(n, in_features) float -> (n, out_features) of type `out`.
+@dataclass(frozen=True)
+class Factor:
+    """A matrix to be multiplied with, how x comes to it, and what becomes of the sums."""
+
+    matrix: KernelMatrix
+    columns: Columns = Columns()
+    rows: Rows = Rows()
+
+
+def product(x: Tensor, factor: Factor, out: torch.dtype) -> Tensor:
+    """(n, in_features) float -> (n, out_features) of type `out`, see `products`."""
+    return products(x, [factor], out)[0]
+
+
+def products(x: Tensor, factors: Sequence[Factor], out: torch.dtype) -> list[Tensor]:
+    """x with several matrices of one form, in one launch: (n, in_features) float -> (n, out_features) of type `out` for each.
 
     Args:
         x: n from 1 to MOST_ROWS, of the codebooks' type or float32, neighbours in a row beside each other.
-        out: the codebooks' type or float32.
+        factors: up to MOST_MATRICES, with equal `defines`. out: the codebooks' type or float32.
     """
-    y = torch.empty(len(x), matrix.struct.out_features, dtype=out, device=x.device)
-    properties = _properties(x.device)
-    cut = cut_product(matrix, len(x), properties.multi_processor_count, properties.shared_memory_per_block_optin)
-    defines = matrix.defines | {
+    count, device = len(x), x.device
+    properties = _properties(device)
+    shares = share_out([factor.matrix.struct.units for factor in factors], properties.multi_processor_count)
+    cuts = cut_products([factor.matrix for factor in factors], count, shares, properties.shared_memory_per_block_optin)
+    found = [torch.empty(count, factor.matrix.struct.out_features, dtype=out, device=device) for factor in factors]
+    cut = cuts[0]
+    defines = factors[0].matrix.defines | {
         "BATCH": cut.batch, "TILES": cut.tiles, "THREADS": cut.threads, "STAGES_BYTES": STAGES_BYTES,
         "FLOAT_X": int(x.dtype == torch.float32), "FLOAT_Y": int(out == torch.float32), "PREPARED": int(cut.batch > 1),
     }  # fmt: skip
-    struct = _ProductStruct(
-        m=matrix.struct, y=y.data_ptr(), rows=len(x), x_first=columns.first, warp_columns=cut.across,
+    struct = _ProductsStruct(count=len(factors))
+    kept = []  # until launched
+    for number, (factor, own, y) in enumerate(zip(factors, cuts, found, strict=True)):
+        struct.p[number] = _struct_of(factor, own, x, y)
+        struct.first[number + 1] = struct.first[number] + own.blocks
+        if cut.batch > 1:
+            ready = torch.empty(count, own.columns, dtype=torch.int16, device=device)
+            sums = None if factor.columns.offset is None else torch.empty(count, dtype=torch.float32, device=device)
+            struct.p[number].ready, struct.p[number].sums = ready.data_ptr(), _pointer(sums)
+            kept += [ready, sums]
+    if cut.batch > 1:
+        _kernel("prepare", defines, device).launch((count, len(factors), 1), cut.threads, 0, [struct])
+    shared = max(own.shared for own in cuts)
+    _kernel("product", defines, device).launch((struct.first[len(factors)], 1, 1), cut.threads, shared, [struct])
+    return found
+
+
+def _struct_of(factor: Factor, cut: Cut, x: Tensor, y: Tensor) -> _ProductStruct:
+    columns, rows = factor.columns, factor.rows
+    return _ProductStruct(
+        m=factor.matrix.struct, y=y.data_ptr(), rows=len(x), x_first=columns.first, warp_columns=cut.across,
         perm=_pointer(columns.perm), scale=_pointer(columns.scale), offset=_pointer(columns.offset),
         added=_pointer(rows.added), row_scale=_pointer(rows.row_scale), bias=_pointer(rows.bias),
-        scale_step=_scale_step(rows.row_scale),
-        x=x.data_ptr(), x_stride=x.stride(0),
+        scale_step=_scale_step(rows.row_scale), x=x.data_ptr(), x_stride=x.stride(0),
     )  # fmt: skip
-    if cut.batch > 1:
-        ready = torch.empty(len(x), cut.columns, dtype=torch.int16, device=x.device)
-        sums = None if columns.offset is None else torch.empty(len(x), dtype=torch.float32, device=x.device)
-        given = [struct, ctypes.c_void_p(ready.data_ptr()), ctypes.c_void_p(_pointer(sums))]
-        _kernel("prepare", defines, x.device).launch((len(x), 1, 1), cut.threads, 0, given)
-        struct.x, struct.x_stride, struct.offsets = ready.data_ptr(), cut.columns, _pointer(sums)
-    _kernel("product", defines, x.device).launch((cut.blocks, 1, 1), cut.threads, cut.shared, [struct])
-    return y
 
 
 def weight(matrix: KernelMatrix, scale: Tensor | None, offset: Tensor | None, row_scale: Tensor | None, out: Tensor) -> None:
@@ -137,17 +176,34 @@ def weight(matrix: KernelMatrix, scale: Tensor | None, offset: Tensor | None, ro
     _kernel("weight", defines, out.device, "weight.cu").launch((blocks, 1, 1), MOST_THREADS, shared, [struct])
 
 
-def cut_product(matrix: KernelMatrix, count: int, processors: int, most_shared: int) -> Cut:
-    """How a product with `count` rows of x is shared out over a GPU with so many processors, of so much shared memory each."""
-    found = _cut(matrix, count, processors, _threads(matrix))
-    return found if found.shared <= most_shared else _cut(matrix, count, processors, MOST_THREADS // 2)
+def share_out(units: Sequence[int], processors: int) -> list[int]:
+    """Processors for each of several matrices, by their units, so that the slowest takes least: at least one for each."""
+    shares = [1] * len(units)
+    for _ in range(processors - len(units)):
+        slowest = max(range(len(units)), key=lambda i: units[i] / shares[i])
+        shares[slowest] += 1
+    return shares
+
+
+def cut_products(matrices: Sequence[KernelMatrix], count: int, shares: Sequence[int], most_shared: int) -> list[Cut]:
+    """How products with `count` rows of x are shared out over so many processors each, of so much shared memory.
+
+    All have the same batch, tiles and threads, as one launch must.
+    """
+    units, processors = sum(matrix.struct.units for matrix in matrices), sum(shares)
+    batch, tiles = _cut_rows(-(-matrices[0].unit_rows // 2), units, count, processors)
+
+    def cuts(threads: int) -> list[Cut]:
+        return [_cut(matrix, batch, tiles, share, threads) for matrix, share in zip(matrices, shares, strict=True)]
+
+    found = cuts(_threads(matrices[0]))
+    return found if max(cut.shared for cut in found) <= most_shared else cuts(MOST_THREADS // 2)
 
 
 def fits(matrix: KernelMatrix, device: torch.device) -> bool:
     """Whether products with any number of rows find room in shared memory."""
-    most = _properties(device).shared_memory_per_block_optin
-    cuts = (cut_product(matrix, count, _properties(device).multi_processor_count, most) for count in range(1, MOST_ROWS + 1))
-    return all(cut.shared <= most for cut in cuts)
+    most, processors = _properties(device).shared_memory_per_block_optin, _properties(device).multi_processor_count
+    return all(cut_products([matrix], n, [processors], most)[0].shared <= most for n in range(1, MOST_ROWS + 1))
 
 
 def _threads(matrix: KernelMatrix) -> int:
@@ -156,11 +212,10 @@ def _threads(matrix: KernelMatrix) -> int:
     return MOST_THREADS // 2 if shared >= COPIED_TABLES and not matrix.defines["STEP_BITS"] else MOST_THREADS
 
 
-def _cut(matrix: KernelMatrix, count: int, processors: int, threads: int) -> Cut:
+def _cut(matrix: KernelMatrix, batch: int, tiles: int, processors: int, threads: int) -> Cut:
     d, m = matrix.defines, matrix.struct
     warps = threads // 32
     pairs = -(-matrix.unit_rows // 2)
-    batch, tiles = _cut_rows(pairs, m.units, count, processors)
     slice_columns = 32 * (4 if d["STEP_BITS"] else 8) // batch
     slices, units = -(-m.group_size // slice_columns) * m.groups, -(-m.units // batch)
     across = _warps_across(slices, units, warps, processors, TURN_COSTS[batch > 1])
