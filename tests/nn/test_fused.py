@@ -66,7 +66,9 @@ def random_module(setting, shape, dtype, device, generator, bias=False):
         elif name.endswith("packed"):
             parameter.data.copy_(torch.randint(-(2**31), 2**31, parameter.shape, generator=generator))
         else:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * (0.05 if "scale" in name else 1))
+            parameter.data.copy_(
+                torch.randn(parameter.shape, generator=generator) * (0.05 if "scale" in name or name == "weight_bias" else 1)
+            )
     return module.to(device)
 
 

@@ -196,7 +196,7 @@ def cut_products(matrices: Sequence[KernelMatrix], count: int, shares: Sequence[
     def cuts(threads: int) -> list[Cut]:
         return [_cut(matrix, batch, tiles, share, threads) for matrix, share in zip(matrices, shares, strict=True)]
 
-    found = cuts(_threads(matrices[0]))
+    found = cuts(_threads(matrices[0]) if batch == 1 else MOST_THREADS)
     return found if max(cut.shared for cut in found) <= most_shared else cuts(MOST_THREADS // 2)
 
 
@@ -207,7 +207,7 @@ def fits(matrix: KernelMatrix, device: torch.device) -> bool:
 
 
 def _threads(matrix: KernelMatrix) -> int:
-    """Half as many where the next product can then begin to fill its shared memory before this one has ended: measured."""
+    """For one row of x: half as many where the next product can then begin before this one has ended: measured."""
     shared = matrix.table_bytes * matrix.defines["COPIES"]
     return MOST_THREADS // 2 if shared >= COPIED_TABLES and not matrix.defines["STEP_BITS"] else MOST_THREADS
 
