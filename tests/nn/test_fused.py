@@ -1,15 +1,20 @@
 """Fused kernels on a GPU: every form of a linear, few rows and many, to twice the error that torch's own product has.
 
-What needs no GPU is tested without: how the work is cut, what is laid out for the kernels.
+Without one the same sources run on the CPU (cuda_on_cpu.h), for a few forms in the ordinary tests and for all in the slow ones.
 """
+
+import types
 
 import pytest
 import torch
 
+from tests.nn.cuda_on_cpu import can_emulate, get_emulated
 from tests.nn.test_vectors import FORM, vector_matrix
 from vptq.config import LinearConfig
 from vptq.geometry import plan_geometry
 from vptq.layer_config import LayerConfig
+from vptq.nn.kernels import products, turns
+from vptq.nn.kernels.fused import few_rows, fused_linear, go_together
 from vptq.nn.kernels.packed import kernel_matrix, lane_words, make_tables, takes, unit_vectors, unit_words
 from vptq.nn.kernels.products import MOST_ROWS, cut_products
 from vptq.nn.kernels.turns import _sign_bits, _small_matrix, cut_turn
@@ -118,6 +123,54 @@ def test_linears_err_no_more_than_twice_as_torch_does(setting, shape, dtype, gen
 
         exact = dequantize_rotated(module.stored_tensors(), module.layer_config)
         assert relative(stored, exact.double()) <= 2 * relative(exact.to(dtype), exact.double())
+
+
+EMULATED = ["v6k4096", "groups and residual", "outliers of 4, v = 10", "rotated", "trellis 2", "trellis 5"]
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """The CUDA sources run on the CPU."""
+    if not can_emulate():
+        pytest.skip("needs g++ on x86-64")
+    for module in (products, turns):
+        monkeypatch.setattr(module, "get_kernel", get_emulated)
+    machine = types.SimpleNamespace(multi_processor_count=3, shared_memory_per_block_optin=227 << 10)
+    monkeypatch.setattr(products, "_properties", lambda device: machine)
+
+
+@pytest.mark.parametrize("setting", [s if s in EMULATED else pytest.param(s, marks=pytest.mark.slow) for s in SETTINGS])
+def test_cuda_sources_run_on_a_cpu(setting, generator, emulated):
+    """Odd sizes on three processors: several turns, several steps, some of them empty."""
+    shape, dtype = ((352, 224), torch.bfloat16) if "rotation" in SETTINGS[setting] else ((76, 1100), torch.float16)
+    module = random_module(setting, shape, dtype, torch.device("cpu"), generator, bias=True)
+    tensors, config = module.stored_tensors(), module.layer_config
+    fused = fused_linear(tensors, config, dtype)
+    if setting == "inputs":
+        assert fused is None
+        return
+    assert fused is not None
+    weight = dequantize_packed(tensors, config, torch.float32)
+    for count in (1, 5, MOST_ROWS + 1):
+        x = torch.randn(shape[1], count, generator=generator).to(dtype).T
+        right = x.double() @ weight.double().T + module.bias.double()
+        torchs = relative(torch.nn.functional.linear(x, weight.to(dtype), module.bias), right)
+        assert relative(fused(x, module.bias), right) <= 2 * torchs, count
+    assert fused(x[:0]).shape == (0, shape[0])
+
+
+def test_several_matrices_in_one_launch_on_a_cpu(generator, emulated):
+    modules = [
+        random_module("v8k4096", shape, torch.float16, torch.device("cpu"), generator) for shape in [(76, 600), (20, 600)]
+    ]
+    forms = [fused_linear(module.stored_tensors(), module.layer_config, torch.float16) for module in modules]
+    assert go_together(*forms)
+    for count in (1, 3):
+        x = torch.randn(count, 600, generator=generator).half()
+        for y, form in zip(few_rows(x, forms, [None, None]), forms, strict=True):
+            torch.testing.assert_close(y, form(x), rtol=2e-3, atol=1e-2)
+    other = random_module("v6k4096", (76, 600), torch.float16, cpu, generator)
+    assert not go_together(forms[0], fused_linear(other.stored_tensors(), other.layer_config, torch.float16))
 
 
 @pytest.mark.gpu

@@ -34,43 +34,11 @@ constexpr int MAIN_ENTRIES = 1 << MAIN_BITS;
 constexpr int TABLE_BYTES = MAIN_ENTRIES * ENTRY_BYTES;
 constexpr int RES_TABLE_BYTES = RES_BITS ? (1 << RES_BITS) * ENTRY_BYTES : 0;
 
-struct u32x2 { u32 x, y; };
-struct alignas(16) u32x4 { u32 x, y, z, w; };
-
-DEVICE float to_float(u16 h) {
-  float f;
-#if BF16
-  f = __uint_as_float(u32(h) << 16);
-#else
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-#endif
-  return f;
-}
-
-DEVICE u16 from_float(float f) {
-  u16 h;
-#if BF16
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
-#endif
-  return h;
-}
-
+DEVICE float to_float(u16 h) { return widened<BF16>(h); }
+DEVICE u16 from_float(float f) { return narrowed<BF16>(f); }
 DEVICE u32 pair_of(float low, float high) { return u32(from_float(low)) | (u32(from_float(high)) << 16); }
 DEVICE u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
 DEVICE u32 high_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
-
-// Copies to shared memory that are waited for later; zeros where nothing is there to read.
-DEVICE void copy_4(u32 to, const u32* from, bool there) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(there ? 4 : 0) : "memory");
-}
-DEVICE void copy_16(u32 to, const u32* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> DEVICE void await_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
 struct Entry { u32 r[max_of(1, ENTRY / 2)]; };
 
@@ -90,28 +58,13 @@ DEVICE Entry look_up(const char* table, u32 offset) {
     }
   }
 #else
-  if constexpr (ENTRY == 1) { u16 h; asm("ld.global.nc.u16 %0, [%1];" : "=h"(h) : "l"(p)); e.r[0] = h; }
-  if constexpr (ENTRY == 2) asm("ld.global.nc.u32 %0, [%1];" : "=r"(e.r[0]) : "l"(p));
-  if constexpr (ENTRY == 4) asm("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(e.r[0]), "=r"(e.r[1]) : "l"(p));
-  if constexpr (ENTRY >= 8) {
-#pragma unroll
-    for (int i = 0; i < ENTRY / 8; i++)
-      asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
-          : "=r"(e.r[4 * i]), "=r"(e.r[4 * i + 1]), "=r"(e.r[4 * i + 2]), "=r"(e.r[4 * i + 3]) : "l"(p + 16 * i));
-  }
+  if constexpr (ENTRY < 16) read_constant<ENTRY_BYTES>(p, e.r);
+  else read_constant<16>(p, e.r), read_constant<16>(p + 16, e.r + 4);
 #endif
   return e;
 }
 
-// (value & mask) | copy, in one instruction.
-DEVICE u32 joined(u32 value, u32 mask, u32 copy) {
-#if COPIES > 1
-  asm("lop3.b32 %0, %0, %1, %2, 0xEA;" : "+r"(value) : "r"(mask), "r"(copy));
-  return value;
-#else
-  return value & mask;
-#endif
-}
+DEVICE u32 joined(u32 value, u32 mask, u32 copy) { return COPIES > 1 ? and_or(value, mask, copy) : value & mask; }
 
 // Bits [start, start + bits) of a stream, shifted so that they count entries of `1 << SHIFT` bytes.
 template <int START, int BITS, int SHIFT, int WORDS> DEVICE u32 offset_at(const u32 (&q)[WORDS], u32 copy) {

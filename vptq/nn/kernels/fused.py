@@ -146,7 +146,8 @@ def fused_linear(
         )
         row_scale = unit[None] if row_scale is None else row_scale * unit
     size = config.outlier_size
-    torch.cuda.current_stream(main.words.device).synchronize()  # kernels read codebooks before they wait for what ran before
+    if main.words.is_cuda:
+        torch.cuda.current_stream(main.words.device).synchronize()  # kernels read codebooks before what ran before has ended
     return FusedLinear(
         config=config, dtype=dtype, main=made[0], outliers=made[1] if len(made) > 1 else None,
         main_columns=_part(columns, slice(size, None)), outlier_columns=_part(columns, slice(0, size)),

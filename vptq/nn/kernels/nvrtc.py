@@ -186,7 +186,7 @@ def kernels_run(device: torch.device) -> bool:
     try:
         if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] < FIRST_TENSOR_CORES:
             return False
-        get_kernel(("common.cuh", "trial.cu"), "trial", (), device).launch((1, 1, 1), 32, 0, [])
+        get_kernel(("ptx.cuh", "trial.cu"), "trial", (), device).launch((1, 1, 1), 32, 0, [])
         torch.cuda.current_stream(device).synchronize()
     except (VptqError, OSError, RuntimeError) as error:
         warnings.warn(f"packed linears run without their fast kernels: {error}", stacklevel=2)

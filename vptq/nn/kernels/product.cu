@@ -69,15 +69,6 @@ DEVICE int matrix_of(const Products& all) {
   return i;
 }
 
-DEVICE void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if BF16
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // How the columns are shared out: slices of SLICE columns, group by group, dealt to the warps that lie side by side.
 struct Slices {
   int of_group, steps, across;
@@ -183,9 +174,9 @@ template <int FIRST> DEVICE void add_step(const u32 (&q)[LANE_WORDS], const Tabl
     for (int i = 0; i < PAIRS; i++)
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++) {
-        multiply(d[tile][i], a.low[i], a.high[i], b.low[i], b.high[i], x[tile][FIRST], x[tile][FIRST + 1]);
+        multiply<BF16>(d[tile][i], a.low[i], a.high[i], b.low[i], b.high[i], x[tile][FIRST], x[tile][FIRST + 1]);
         if constexpr (RES_BITS > 0)
-          multiply(d[tile][i], a2.low[i], a2.high[i], b2.low[i], b2.high[i], x[tile][FIRST], x[tile][FIRST + 1]);
+          multiply<BF16>(d[tile][i], a2.low[i], a2.high[i], b2.low[i], b2.high[i], x[tile][FIRST], x[tile][FIRST + 1]);
       }
     add_step<FIRST + 2>(q, tables, x, d);
   }
@@ -195,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
   const int own_matrix = matrix_of(all), block = blockIdx.x - all.first[own_matrix];
   const int blocks = all.first[own_matrix + 1] - all.first[own_matrix];
   const Product& p = all.p[own_matrix];
-  extern __shared__ u32x4 shared[];
+  DYNAMIC_SHARED(u32x4, shared);
   const Slices cut(p);
   char* books = (char*)shared;
   char* stages = books + (TABLE_BYTES + RES_TABLE_BYTES) * COPIES;

@@ -269,4 +269,4 @@ def _properties(device: torch.device) -> Any:
 
 
 def _kernel(name: str, defines: dict[str, int], device: torch.device, source: str = "product.cu") -> Kernel:
-    return get_kernel(("common.cuh", "decode.cuh", source), name, tuple(sorted(defines.items())), device)
+    return get_kernel(("ptx.cuh", "decode.cuh", source), name, tuple(sorted(defines.items())), device)

@@ -7,20 +7,12 @@
 template <int TYPE> struct Numbers { typedef u16 Type; };
 template <> struct Numbers<2> { typedef float Type; };
 template <int TYPE> DEVICE float read(typename Numbers<TYPE>::Type v) {
-  float f;
-  if constexpr (TYPE == 0) asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-  if constexpr (TYPE == 1) f = __uint_as_float(u32(v) << 16);
-  if constexpr (TYPE == 2) f = v;
-  return f;
+  if constexpr (TYPE == 2) return v;
+  else return widened<TYPE>(v);
 }
 template <int TYPE> DEVICE typename Numbers<TYPE>::Type written(float f) {
   if constexpr (TYPE == 2) return f;
-  else {
-    u16 h;
-    if constexpr (TYPE == 0) asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
-    if constexpr (TYPE == 1) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
-    return h;
-  }
+  else return narrowed<TYPE>(f);
 }
 
 // x, y: (rows, blocks · HEIGHT · RUN); signs: (blocks, words of 32 signs down HEIGHT, RUN), a bit set for -1;

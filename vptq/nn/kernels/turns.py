@@ -41,7 +41,7 @@ def turn(x: Tensor, rotation: Rotation, out: torch.dtype, back: bool = False, bi
     if not len(x):
         return y
     defines = {"HEIGHT": height, "RUN": run, "IN": TYPES[x.dtype], "OUT": TYPES[out], "BACK": int(back), "BF16": 0}
-    kernel = get_kernel(("common.cuh", "turn.cu"), "turn", tuple(sorted(defines.items())), x.device)
+    kernel = get_kernel(("ptx.cuh", "turn.cu"), "turn", tuple(sorted(defines.items())), x.device)
     tensors = (x, y, _sign_bits(rotation, height, run, x.device), _small_matrix(rotation, height, run, x.device), bias)
     pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
     kernel.launch((height, rotation.blocks, len(x)), run, 0, pointers)

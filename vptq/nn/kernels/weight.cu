@@ -10,16 +10,6 @@ struct Weight {
   int stride, scale_step;     // from one row of `out` to the next; 0: one row_scale
 };
 
-// a b + c and a + b of two numbers each, in their own 16 bits, rounded once.
-DEVICE u32 fused_pair(u32 a, u32 b, u32 c) {
-#if BF16
-  asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(a) : "r"(b), "r"(c));
-#else
-  asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(a) : "r"(b), "r"(c));
-#endif
-  return a;
-}
-
 DEVICE void read_words(const Matrix& m, int place, int unit, int shift, u32 (&q)[LANE_WORDS]) {
 #if STEP_BITS
   const int ring_units = m.ring_words / UNIT_WORDS;
@@ -84,7 +74,7 @@ template <int PAIR> DEVICE void decode_all(const u32 (&q)[LANE_WORDS], const Tab
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) weight(const __grid_constant__ Weight w) {
-  extern __shared__ u32x4 shared[];
+  DYNAMIC_SHARED(u32x4, shared);
   const Matrix& m = w.m;
   let_next_begin();
   fill_tables(m, (char*)shared);
@@ -127,10 +117,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) weight(const __grid_consta
 #pragma unroll
         for (int p = 0; p < COLUMN_PAIRS; p++) {
           u32 v = i % 2 ? a[p].high[i / 2] : a[p].low[i / 2];
-          if constexpr (RES_BITS > 0) v = fused_pair(v, ONES, i % 2 ? b[p].high[i / 2] : b[p].low[i / 2]);
+          if constexpr (RES_BITS > 0) v = fused_pair<BF16>(v, ONES, i % 2 ? b[p].high[i / 2] : b[p].low[i / 2]);
 #if SCALED
-          v = fused_pair(v, scale[p], offset[p]);
-          if (w.row_scale) v = fused_pair(v, row_scale, 0x80008000u);
+          v = fused_pair<BF16>(v, scale[p], offset[p]);
+          if (w.row_scale) v = fused_pair<BF16>(v, row_scale, 0x80008000u);
 #endif
           pairs[p] = v;
         }
