@@ -12,9 +12,8 @@ from pathlib import Path
 from vptq.nn.kernels.nvrtc import read_source
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
-ARGUMENTS = {
-    "product": ["const Products"], "prepare": ["const Products"], "weight": ["const Weight"],
-    "turn": ["const Numbers<IN>::Type*", "Numbers<OUT>::Type*", "const u32*", "const float*", "const Numbers<OUT>::Type*"],
+ARGUMENT = {
+    "product": "Products", "prepare": "Products", "weight": "Weight", "turn": "Turns", "turn_rows": "Turns",
 }  # fmt: skip
 
 
@@ -30,7 +29,7 @@ def build_folder() -> Path:
 class Emulated:
     """Stands for `nvrtc.Kernel`."""
 
-    def __init__(self, library, threads_first):
+    def __init__(self, library):
         self.library = library
 
     def launch(self, grid, threads, shared, arguments):
@@ -41,13 +40,11 @@ class Emulated:
 @functools.cache
 def get_emulated(sources, name, defines, device):
     """As `nvrtc.get_kernel`."""
-    kinds = ARGUMENTS[name]
-    given = ", ".join(f"*({kind}*)p[{i}]" for i, kind in enumerate(kinds))
     lines = [f"#define {key} {value}" for key, value in (*defines, ("PROGRAMMATIC", 0))]
     own = [source for source in sources if source != "ptx.cuh"]
     text = "\n".join([
         *lines, HEADER.read_text(), read_source(*own),
-        f"static void body(void* a) {{ void** p = (void**)a; {name}({given}); }}",
+        f"static void body(void* a) {{ void** p = (void**)a; {name}(*(const {ARGUMENT[name]}*)p[0]); }}",
         'extern "C" void emulate(int x, int y, int z, int threads, int shared, void** p) {',
         "  run_grid(x, y, z, threads, shared, body, p);",
         "}",
@@ -56,4 +53,4 @@ def get_emulated(sources, name, defines, device):
     path.with_suffix(".cpp").write_text(text)
     command = ["g++", "-std=c++17", "-O0", "-w", "-fpermissive", "-shared", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique"]
     subprocess.run([*command, "-o", path.with_suffix(".so"), path.with_suffix(".cpp")], check=True)
-    return Emulated(ctypes.CDLL(str(path.with_suffix(".so"))), None)
+    return Emulated(ctypes.CDLL(str(path.with_suffix(".so"))))

@@ -160,9 +160,8 @@ def test_cuda_sources_run_on_a_cpu(setting, generator, emulated):
 
 
 def test_several_matrices_in_one_launch_on_a_cpu(generator, emulated):
-    modules = [
-        random_module("v8k4096", shape, torch.float16, torch.device("cpu"), generator) for shape in [(76, 600), (20, 600)]
-    ]
+    cpu, shapes = torch.device("cpu"), [(76, 600), (20, 600)]
+    modules = [random_module("v8k4096", shape, torch.float16, cpu, generator) for shape in shapes]
     forms = [fused_linear(module.stored_tensors(), module.layer_config, torch.float16) for module in modules]
     assert go_together(*forms)
     for count in (1, 3):
@@ -228,12 +227,26 @@ def test_changes_are_seen_and_gradients_go_another_way(generator, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("size, blocks", [(64, 1), (96, 1), (576, 1), (4096, 1), (11008, 1), (28672, 1), (832, 2), (3072, 3)])
 @pytest.mark.parametrize("back", [False, True])
-def test_turns_are_the_rotation(size, blocks, back, generator):
-    from vptq.nn.kernels.turns import turn
+@pytest.mark.parametrize("count", [3, turns.MANY_ROWS + 5])
+def test_turns_are_the_rotation(size, blocks, back, count, generator):
+    check_turn(size, blocks, back, count, generator, torch.device("cuda", 0))
 
-    device = torch.device("cuda", 0)
+
+@pytest.mark.parametrize(
+    "size, blocks, back, count", [(576, 1, True, 2), (576, 1, False, 33), (1536, 3, False, 2), (832, 2, True, 33)]
+)
+def test_turns_run_on_a_cpu(size, blocks, back, count, generator, emulated):
+    check_turn(size, blocks, back, count, generator, torch.device("cpu"))
+    rotations = [Rotation(size, seed, "in", blocks) for seed in range(5)]
+    xs = [torch.randn(count, size, generator=generator) for _ in rotations]
+    for y, x, rotation in zip(turns.turns(xs, rotations, torch.float32, back, [None] * 5), xs, rotations, strict=True):
+        torch.testing.assert_close(y, rotation.undo(x) if back else rotation.apply(x), rtol=1e-4, atol=1e-4)
+
+
+def check_turn(size, blocks, back, count, generator, device):
+    turn = turns.turn
     rotation = Rotation(size, 5, "out", blocks)
-    x = torch.randn(3, size, generator=generator).to(device)
+    x = torch.randn(count, size, generator=generator).to(device)
     bias = torch.randn(size, generator=generator).to(device) if back else None
     right = rotation.undo(x.double()) + bias.double() if back else rotation.apply(x.double())
     torch.testing.assert_close(turn(x, rotation, torch.float32, back, bias).double(), right, rtol=1e-5, atol=1e-5)

@@ -11,14 +11,14 @@ from torch import Tensor
 from vptq.layer_config import LayerConfig
 from vptq.nn.kernels.packed import KernelMatrix, kernel_matrix, make_tables, takes
 from vptq.nn.kernels.products import MOST_ROWS, Columns, Factor, Rows, fits, product, products, weight
-from vptq.nn.kernels.turns import cut_turn, turn
+from vptq.nn.kernels.turns import cut_turn, turn, turns
 from vptq.nn.operands import main_matrix, outlier_matrix, row_scales
 from vptq.nn.reference import rotation_of
 from vptq.nn.rings import RingMatrix
 from vptq.nn.vectors import VectorMatrix
+from vptq.quantize.rotation import Rotation
 
 SMALLEST_SCALE = 2.0**-30
-TURNED_ROWS = 32768  # at once: a launch takes no more
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,11 @@ class FusedLinear:
     def _many(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rotation = rotation_of(self.config)
         if rotation.across is not None:
-            x = torch.cat([turn(part.contiguous(), rotation.across, self.dtype) for part in x.split(TURNED_ROWS)])
+            x = turn(x.contiguous(), rotation.across, self.dtype)
         if self.order is not None:
             x = x.index_select(1, self.order)
         found = torch.nn.functional.linear(x, self.weight(), bias if rotation.down is None else None)
-        if rotation.down is None:
-            return found
-        parts = (turn(part, rotation.down, self.dtype, back=True, bias=bias) for part in found.split(TURNED_ROWS))
-        return torch.cat(list(parts))
+        return found if rotation.down is None else turn(found, rotation.down, self.dtype, back=True, bias=bias)
 
     def weight(self) -> Tensor:
         """The weight as it is stored, rotated or not, in full: (out_features, in_features) of type `dtype`, stored order."""
@@ -98,11 +95,23 @@ def few_rows(x: Tensor, linears: Sequence[FusedLinear], biases: Sequence[Tensor 
             added = product(x, Factor(linear.outliers, linear.outlier_columns), torch.float32)
         rows = Rows(added, linear.row_scale, bias if turned is None else None)
         factors.append(Factor(linear.main, linear.main_columns, rows))
-    found = products(x, factors, out)
-    return [
-        y if turned is None else turn(y, turned, first.dtype, back=True, bias=bias)
-        for y, turned, bias in zip(found, down, biases, strict=True)
-    ]
+    return _turn_back(products(x, factors, out), down, first.dtype, biases)
+
+
+def _turn_back(
+    found: list[Tensor], rotations: Sequence[Rotation | None], dtype: torch.dtype, biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Rᵀ y + bias of each, those of one size in one launch; y itself, with its bias in it, where nothing is rotated."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, rotation in enumerate(rotations):
+        if rotation is not None:
+            groups.setdefault((rotation.size, rotation.blocks), []).append(i)
+    for members in groups.values():
+        own = [rotation for i in members if (rotation := rotations[i]) is not None]
+        turned = turns([found[i] for i in members], own, dtype, True, [biases[i] for i in members])
+        for i, y in zip(members, turned, strict=True):
+            found[i] = y
+    return found
 
 
 def go_together(a: FusedLinear, b: FusedLinear) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ MOST_HEIGHT = 64  # rows of the small matrix, each a number of x that a thread r
 LONGEST_RUN = 1024
 SHORTEST_RUN = 32
 USUAL_RUN = 256
+MOST_TURNS = 4  # x in one launch
+MANY_ROWS = 32  # from which a row is no longer shared out over several blocks
 
 
 def cut_turn(rotation: Rotation) -> tuple[int, int] | None:
@@ -28,24 +31,53 @@ def cut_turn(rotation: Rotation) -> tuple[int, int] | None:
     return (height, run) if run >= SHORTEST_RUN and height <= MOST_HEIGHT else None
 
 
+class _TurnsStruct(ctypes.Structure):
+    """`Turns` of turn.cu."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p * MOST_TURNS), ("y", ctypes.c_void_p * MOST_TURNS), ("signs", ctypes.c_void_p * MOST_TURNS),
+        ("bias", ctypes.c_void_p * MOST_TURNS), ("small", ctypes.c_void_p), ("rows", ctypes.c_int),
+    ]  # fmt: skip
+
+
 def turn(x: Tensor, rotation: Rotation, out: torch.dtype, back: bool = False, bias: Tensor | None = None) -> Tensor:
     """R x for every row, or Rᵀ x + bias with `back`: (n, size) float -> (n, size) of type `out`; `cut_turn` says for which.
 
     Args:
         x: contiguous. bias: (size,) of type `out`.
     """
-    cut = cut_turn(rotation)
-    assert cut is not None and x.is_contiguous()
+    return turns([x], [rotation], out, back, [bias])[0]
+
+
+def turns(
+    xs: Sequence[Tensor], rotations: Sequence[Rotation], out: torch.dtype, back: bool, biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """As `turn`, several x of one shape, (n, size), in as few launches as can be, each with a rotation of its own."""
+    found = [torch.empty(x.shape, dtype=out, device=x.device) for x in xs]
+    count = len(xs[0])
+    step = min(MOST_TURNS, len(xs)) if count < MANY_ROWS else 1
+    for start in range(0, len(xs) if count else 0, step):
+        part = slice(start, start + step)
+        _launch(xs[part], found[part], rotations[part], back, biases[part])
+    return found
+
+
+def _launch(
+    xs: Sequence[Tensor], ys: Sequence[Tensor], rotations: Sequence[Rotation], back: bool, biases: Sequence[Tensor | None]
+) -> None:
+    first, device, count = rotations[0], xs[0].device, len(xs[0])
+    cut = cut_turn(first)
+    assert cut is not None and all(x.is_contiguous() and x.shape == xs[0].shape for x in xs)
     height, run = cut
-    y = torch.empty(x.shape, dtype=out, device=x.device)
-    if not len(x):
-        return y
-    defines = {"HEIGHT": height, "RUN": run, "IN": TYPES[x.dtype], "OUT": TYPES[out], "BACK": int(back), "BF16": 0}
-    kernel = get_kernel(("ptx.cuh", "turn.cu"), "turn", tuple(sorted(defines.items())), x.device)
-    tensors = (x, y, _sign_bits(rotation, height, run, x.device), _small_matrix(rotation, height, run, x.device), bias)
-    pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
-    kernel.launch((height, rotation.blocks, len(x)), run, 0, pointers)
-    return y
+    small = _small_matrix(first, height, run, device)
+    struct = _TurnsStruct(small=small.data_ptr(), rows=count)
+    for i, (x, y, rotation, bias) in enumerate(zip(xs, ys, rotations, biases, strict=True)):
+        struct.x[i], struct.y[i], struct.bias[i] = x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr()
+        struct.signs[i] = _sign_bits(rotation, height, run, device).data_ptr()
+    defines = {"HEIGHT": height, "RUN": run, "IN": TYPES[xs[0].dtype], "OUT": TYPES[ys[0].dtype], "BACK": int(back)}
+    whole = count >= MANY_ROWS
+    name, grid = ("turn_rows", (count, first.blocks, len(xs))) if whole else ("turn", (height, first.blocks, count * len(xs)))
+    get_kernel(("ptx.cuh", "turn.cu"), name, tuple(sorted(defines.items())), device).launch(grid, run, 0, [struct])
 
 
 @functools.lru_cache(maxsize=256)
