@@ -80,9 +80,10 @@ struct Slices {
   DEVICE int columns() const { return steps * across * SLICE; }  // of x made ready: whole slices, zeros where there is none
 };
 
-// What eight stored columns ask of x: constants, so they are read before x is there.
+// Eight stored columns, and what they ask of x: constants, so they are read before x is there.
 struct Eight {
   u16 perm[8], scale[8], offset[8];
+  float value[8];
   int stored, count;  // the first column, and how many there are
 };
 
@@ -100,40 +101,55 @@ DEVICE void read_eight(const u16* p, int at, int count, u16 (&v)[8]) {
   for (int j = 0; j < 8; j++) v[j] = j < count ? p[at + j] : 0;
 }
 
-DEVICE Eight eight_at(const Product& p, const Slices& cut, int chunk) {
-  Eight e;
+DEVICE void read_constants(const Product& p, const Slices& cut, int chunk, Eight& e) {
   const int of_group = cut.of_group * (SLICE / 8), group = GROUPED ? chunk / of_group : 0, i = (chunk - group * of_group) * 8;
   e.stored = group * p.m.group_size + i;
   e.count = GROUPED && group >= p.m.groups ? 0 : max(0, min(8, p.m.group_size - i));
   if (p.perm) read_eight(p.perm, e.stored, e.count, e.perm);
   if (p.scale) read_eight(p.scale, e.stored, e.count, e.scale);
   if (p.offset) read_eight(p.offset, e.stored, e.count, e.offset);
-  return e;
+}
+
+DEVICE void read_values(const Product& p, const XType* x, Eight& e) {
+#pragma unroll
+  for (int j = 0; j < 8; j++) e.value[j] = j < e.count ? x_float(x[p.perm ? e.perm[j] : p.x_first + e.stored + j]) : 0.f;
 }
 
 // Those columns of x in stored order, scaled, 16 bits; the answer is their share of Σ x offset.
-DEVICE float make_eight(const Product& p, const XType* x, const Eight& e, u16* to) {
-  float value[8], sum = 0;
-#pragma unroll
-  for (int j = 0; j < 8; j++) value[j] = j < e.count ? x_float(x[p.perm ? e.perm[j] : p.x_first + e.stored + j]) : 0.f;
+DEVICE float write_ready(const Product& p, Eight& e, u16* to) {
+  float sum = 0;
 #pragma unroll
   for (int j = 0; j < 8; j++)
-    if (p.offset) sum += j < e.count ? value[j] * to_float(e.offset[j]) : 0.f;
+    if (p.offset) sum += j < e.count ? e.value[j] * to_float(e.offset[j]) : 0.f;
 #pragma unroll
   for (int j = 0; j < 8; j++)
-    if (p.scale) value[j] *= j < e.count ? to_float(e.scale[j]) : 0.f;
-  *(u32x4*)to = {pair_of(value[0], value[1]), pair_of(value[2], value[3]), pair_of(value[4], value[5]), pair_of(value[6], value[7])};
+    if (p.scale) e.value[j] *= j < e.count ? to_float(e.scale[j]) : 0.f;
+  const float* v = e.value;
+  *(u32x4*)to = {pair_of(v[0], v[1]), pair_of(v[2], v[3]), pair_of(v[4], v[5]), pair_of(v[6], v[7])};
   return sum;
 }
 
-// One row of x, all of its columns; `first`: this thread's first ones, read before.
-DEVICE float make_ready(const Product& p, const Slices& cut, const XType* x, const Eight& first, u16* to) {
+// A thread's chunks of eight columns, AT_ONCE of them on their way together.
+constexpr int AT_ONCE = 2;
+struct Chunks { Eight e[AT_ONCE]; };
+
+DEVICE void read_constants(const Product& p, const Slices& cut, int first, Chunks& c) {
+#pragma unroll
+  for (int i = 0; i < AT_ONCE; i++) read_constants(p, cut, first + i * THREADS, c.e[i]);
+}
+
+// One row of x, all of its columns. c: the constants of this thread's first ones.
+DEVICE float make_ready(const Product& p, const Slices& cut, const XType* x, Chunks& c, u16* to) {
   float sum = 0;
   const int chunks = cut.columns() / 8;
-  if (threadIdx.x < chunks) sum += make_eight(p, x, first, to + 8 * threadIdx.x);
-#pragma unroll 2
-  for (int chunk = threadIdx.x + THREADS; chunk < chunks; chunk += THREADS)
-    sum += make_eight(p, x, eight_at(p, cut, chunk), to + 8 * chunk);
+  for (int first = threadIdx.x; first < chunks; first += AT_ONCE * THREADS) {
+    if (first >= AT_ONCE * THREADS) read_constants(p, cut, first, c);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) read_values(p, x, c.e[i]);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++)
+      if (first + i * THREADS < chunks) sum += write_ready(p, c.e[i], to + 8 * (first + i * THREADS));
+  }
   return sum;
 }
 
@@ -230,9 +246,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
   for (int i = 0; i < STAGES - 1; i++) begin(i * STAGE_BYTES);
   float offset = 0;
 #if !PREPARED
-  const Eight first = eight_at(p, cut, threadIdx.x);
+  Chunks chunks;
+  read_constants(p, cut, threadIdx.x, chunks);
   wait_for_inputs();
-  offset = make_ready(p, cut, p.x, first, ready);
+  offset = make_ready(p, cut, p.x, chunks, ready);
   if (p.offset) offset = sum_of_block(offset, parts);
   const u16* x_row[1] = {ready};
 #else
@@ -349,10 +366,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(const __grid_const
   __shared__ float parts[WARPS];
   let_next_begin();
   const Slices cut(p);
-  const Eight first = eight_at(p, cut, threadIdx.x);
+  Chunks chunks;
+  read_constants(p, cut, threadIdx.x, chunks);
   wait_for_inputs();
   const i64 row = blockIdx.x;
-  const float sum = make_ready(p, cut, p.x + row * p.x_stride, first, p.ready + row * cut.columns());
+  const float sum = make_ready(p, cut, p.x + row * p.x_stride, chunks, p.ready + row * cut.columns());
   const float whole = sum_of_block(sum, parts);
   if (p.sums && !threadIdx.x) p.sums[row] = whole;
 }

@@ -18,6 +18,7 @@ MOST_ROWS = 16  # of x that one launch takes
 MOST_MATRICES = 4  # and of matrices
 MOST_SUMS = 64  # that a thread keeps
 MOST_THREADS = 512
+WIDEST_OF_HALF = 4096  # columns that half as many threads make ready in one go
 SHARED_OF_TWO = 200 << 10  # bytes, of two blocks on a processor
 TURN_COSTS = (0.5, 2.0)  # of adding up a turn's sums, in steps; with one row of x, and with more: measured
 STAGES_BYTES = 24 << 10  # of shared memory, for words on their way
@@ -209,7 +210,8 @@ def fits(matrix: KernelMatrix, device: torch.device) -> bool:
 def _threads(matrix: KernelMatrix) -> int:
     """For one row of x: half as many where the next product can then begin before this one has ended: measured."""
     shared = matrix.table_bytes * matrix.defines["COPIES"]
-    return MOST_THREADS // 2 if shared >= COPIED_TABLES and not matrix.defines["STEP_BITS"] else MOST_THREADS
+    narrow = matrix.columns <= WIDEST_OF_HALF and not matrix.defines["STEP_BITS"]
+    return MOST_THREADS // 2 if narrow and shared >= COPIED_TABLES else MOST_THREADS
 
 
 def _cut(matrix: KernelMatrix, batch: int, tiles: int, processors: int, threads: int) -> Cut:
