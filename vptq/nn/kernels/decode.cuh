@@ -196,11 +196,10 @@ DEVICE void begin_words(const Matrix& m, int place, int unit, u32 stage) {
 #endif
 }
 
-// A lane's words, from its first one on, moved so that its first index begins them.
+// A lane's words, from its first one on, moved so that its first index begins them; the last one is only moved from.
 DEVICE void align_words(u32 (&q)[LANE_WORDS], int shift) {
 #pragma unroll
   for (int i = 0; i + 1 < LANE_WORDS; i++) q[i] = __funnelshift_r(q[i], q[i + 1], shift);
-  q[LANE_WORDS - 1] >>= shift;
 }
 
 DEVICE void take_words(const char* stage, int shift, u32 (&q)[LANE_WORDS]) {
