@@ -33,3 +33,21 @@ def test_what_can_not_change_places_is_left(setting, generator):
     assert setting in SETTINGS
     module = random_module(setting, (384, 256), torch.float32, torch.device("cpu"), generator)
     assert not can_fold_order(module.layer_config)
+
+
+def test_what_fails_half_way_leaves_all_as_it_was(generator, monkeypatch):
+    monkeypatch.setattr(column_order, "AT_ONCE", 1000)
+    module = random_module("v6k4096", (100, 204), torch.float32, torch.device("cpu"), generator)
+    before, calls = module.dequantize(), []
+    real = column_order.pack_bits
+
+    def fail(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise MemoryError
+        return real(*given)
+
+    monkeypatch.setattr(column_order, "pack_bits", fail)
+    with pytest.raises(MemoryError):
+        fold_order(module.stored_tensors(), module.layer_config)
+    assert len(calls) == 2 and torch.equal(module.dequantize(), before)

@@ -75,6 +75,27 @@ def test_what_can_not_go_together_goes_alone():
         check(parent, [(0, x), (1, x)], [[2], [3]])
 
 
+def test_what_was_written_to_is_not_fetched():
+    parent = Parent(2)
+    x = torch.ones(3)
+    check(parent, [(0, x), (1, x)], [[2], [3]])
+    check(parent, [(0, x)], [[2, 3]])
+    x.add_(1)
+    check(parent, [(1, x)], [[3]])
+    with torch.inference_mode():
+        y = torch.ones(3)
+        check(parent, [(0, y), (1, y)], [[2], [3]])
+
+
+def test_the_last_is_left_out_where_not_all_go_together():
+    parent = Parent(4)
+    real = parent.multiply_all
+    parent.multiply_all = lambda linears, x: None if len(linears) > 2 else real(linears, x)
+    x = torch.ones(3)
+    for launched in ([[2], [3], [4], [5]], [[2], [3], [4], [5]], [[2], [3], [4], [5]], [[2, 3], [4], [5]], [[2, 3], [4], [5]]):
+        check(parent, [(i, x) for i in range(4)], launched)
+
+
 def test_copies_begin_empty():
     parent = Parent(2)
     x = torch.ones(3)

@@ -3,8 +3,6 @@
 Without one the same sources run on the CPU (cuda_on_cpu.h), for a few forms in the ordinary tests and for all in the slow ones.
 """
 
-import types
-
 import pytest
 import torch
 
@@ -15,11 +13,13 @@ from vptq.geometry import plan_geometry
 from vptq.layer_config import LayerConfig
 from vptq.nn.kernels import products, turns
 from vptq.nn.kernels.fused import few_rows, fused_linear, go_together
+from vptq.nn.kernels.nvrtc import Limits
 from vptq.nn.kernels.packed import kernel_matrix, lane_words, make_tables, takes, unit_vectors, unit_words
 from vptq.nn.kernels.products import MOST_ROWS, cut_products
 from vptq.nn.kernels.turns import _sign_bits, _small_matrix, cut_turn
 from vptq.nn.reference import dequantize_packed
 from vptq.nn.rings import RingMatrix, make_run_table
+from vptq.nn.vectors import VectorMatrix
 from vptq.nn.vquant_linear import VQuantLinear
 from vptq.quantize.rotation import Rotation
 from vptq.quantize.trellis import Trellis
@@ -135,8 +135,7 @@ def emulated(monkeypatch):
         pytest.skip("needs g++ on x86-64")
     for module in (products, turns):
         monkeypatch.setattr(module, "get_kernel", get_emulated)
-    machine = types.SimpleNamespace(multi_processor_count=3, shared_memory_per_block_optin=227 << 10)
-    monkeypatch.setattr(products, "_properties", lambda device: machine)
+    monkeypatch.setattr(products, "limits_of", lambda device: Limits(processors=3, shared=227 << 10))
 
 
 @pytest.mark.parametrize("setting", [s if s in EMULATED else pytest.param(s, marks=pytest.mark.slow) for s in SETTINGS])
@@ -293,6 +292,25 @@ def test_tables_hold_the_codebooks_padded(form, generator):
     assert (made.defines["COPIES"] == 0) == (len(matrix.words) > 1 or made.table_bytes > 128 << 10)
     last = matrix.words.numel() - made.struct.last_words
     assert last == (lane_words(made.defines) if made.defines["EVEN"] else 1)
+
+
+@pytest.mark.parametrize("setting", ["v8k4096", "v6k4096", "residual", "trellis 2", "trellis 3", "trellis 8"])
+@pytest.mark.parametrize("shared", [99 << 10, 163 << 10, 227 << 10])
+def test_small_gpus_have_kernels_too(setting, shared, generator, monkeypatch):
+    monkeypatch.setattr(products, "limits_of", lambda device: Limits(processors=20, shared=shared))
+    module = random_module(setting, (384, 14336), torch.float16, torch.device("cpu"), generator)
+    fused = fused_linear(module.stored_tensors(), module.layer_config, torch.float16)
+    assert fused is not None
+    for count in range(1, MOST_ROWS + 1):
+        (cut,) = cut_products([fused.main], count, [20], shared)
+        assert cut.shared <= shared and cut.threads in (128, 256, 512)
+
+
+def test_codebooks_of_a_few_numbers_are_left_to_others():
+    matrix = VectorMatrix(
+        torch.zeros(1, 8, 2, dtype=torch.int32), torch.randn(1, 64, 2), torch.randn(1, 2, 2), 16, 8, True, 6, 1
+    )
+    assert not takes(matrix, torch.float16)
 
 
 def test_rings_look_several_numbers_up_at_once():

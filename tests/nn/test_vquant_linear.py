@@ -326,3 +326,14 @@ def test_golden_file_still_opens():
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     expected = tensors.pop("expected_weight")
     assert torch.equal(dequantize_packed(tensors, layer, torch.float32), expected)
+
+
+def test_reading_other_weights_drops_what_was_kept(generator):
+    from tests.nn.test_fused import random_module
+
+    first, second = (random_module("residual", (40, 64), torch.float32, torch.device("cpu"), generator) for _ in range(2))
+    x = torch.randn(2, 64, generator=generator)
+    first(x)
+    assert first._prepared
+    first.load_state_dict(second.state_dict())
+    assert not first._prepared and torch.equal(first(x), second(x))

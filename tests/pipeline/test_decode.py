@@ -55,6 +55,7 @@ def test_draws_have_the_odds_of_the_logits(device):
     odds = torch.softmax(logits.cpu() / 0.7, 0)[[0, 2]]  # 0.77, then 0.18: the second is the one that reaches 0.85
     torch.testing.assert_close(kept.cpu()[[0, 2]], odds / odds.sum(), atol=0.015, rtol=0)
     assert kept[1] == kept[3] == 0
+    assert (choose(logits.expand(50, 4), temperature=0.7, top_p=0.0) == 0).all()
     assert (choose(logits[None]) == 0).all() and (choose(logits[None], 1e-6) == 0).all()
 
 
@@ -62,6 +63,14 @@ def test_a_model_that_keeps_a_window_has_no_decoder(tmp_path):
     model = load_whole(str(make_tiny_llama(tmp_path / "m")), "cpu")
     model.config.layer_types = ["sliding_attention", "full_attention"]
     model.config.sliding_window = 16
+    with pytest.warns(UserWarning, match="token by token"):
+        assert make_decoder(model, 64, 0.0, 1.0) is None
+
+
+def test_a_model_without_keys_and_values_has_no_decoder():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=64, state_size=4))
     with pytest.warns(UserWarning, match="token by token"):
         assert make_decoder(model, 64, 0.0, 1.0) is None
 

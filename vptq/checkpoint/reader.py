@@ -107,6 +107,7 @@ def open_source(skeleton: Skeleton, device: torch.device) -> TensorSource:
     return DequantizedSource(source, layers, lambda name: packed_tensors(source, name, layers[name]), skeleton.dtype, device)
 
 
+@torch.inference_mode(False)  # what is loaded must serve calls of either kind
 def load_quantized(
     path: str | Path,
     device: str | torch.device = "cpu",

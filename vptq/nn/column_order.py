@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from vptq.layer_config import LayerConfig
 from vptq.nn.packing import from_uint16_bits, pack_bits, to_uint16_bits, unpack_bits
 
-AT_ONCE = 1 << 22  # indices that are unpacked
+AT_ONCE = 1 << 20  # indices that are unpacked
+_FOLDING = threading.Lock()
 
 
 def can_fold_order(config: LayerConfig) -> bool:
@@ -24,16 +26,21 @@ def fold_order(tensors: Mapping[str, Tensor], config: LayerConfig) -> None:
 
     tensors: as `LayerConfig.tensor_shapes` names them; `can_fold_order` says for which.
     """
-    perm, indices = tensors["perm"].data, tensors["indices"].data
+    with _FOLDING:
+        _fold(tensors["perm"].data, tensors["indices"].data, config)
+
+
+def _fold(perm: Tensor, indices: Tensor, config: LayerConfig) -> None:
     place = torch.argsort(from_uint16_bits(perm))  # of each input among the stored columns
     still = torch.arange(len(place), device=place.device)
     if torch.equal(place, still):
         return
     if config.trellis_bits:
-        indices.copy_(indices.index_select(2, place))
+        folded = indices.index_select(2, place)
     else:
         bits, columns = config.main_bits + config.residual_bits, config.group_size
-        step = max(1, AT_ONCE // columns)
-        for rows in indices[0].split(step):
-            rows.copy_(pack_bits(unpack_bits(rows, bits, columns).index_select(1, place), bits))
-    perm.copy_(to_uint16_bits(still))
+        parts = indices[0].split(max(1, AT_ONCE // columns))
+        folded = torch.cat([pack_bits(unpack_bits(rows, bits, columns).index_select(1, place), bits) for rows in parts])[None]
+    new_perm = to_uint16_bits(still)
+    indices.copy_(folded)  # both at the end: what fails before leaves all as it was
+    perm.copy_(new_perm)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vptq.backend import choice
+from vptq.backend import choice, use_kernels
 from vptq.errors import VptqError
 from vptq.layer_config import LayerConfig
 from vptq.nn.column_order import can_fold_order, fold_order
@@ -42,9 +42,9 @@ class StoredCodebook(nn.Module):
 class VQuantLinear(nn.Module):
     """`nn.Linear` on packed indices and codebooks.
 
-    A few rows on a CPU are multiplied with the packed weight; otherwise the weight is unpacked for the call, or once with
-    `cache_weight` (faster, and as large as the original). What is kept between calls is made anew when a tensor is replaced
-    or written to, but for writes through `.data`, which torch does not count: call `set_cache` after those.
+    A few rows are multiplied with the packed weight; otherwise the weight is unpacked for the call, or once with `cache_weight`
+    (as large as the original; faster for many rows and on a CPU). What is kept between calls is made anew when a tensor is
+    replaced or written to, but for writes through `.data`, which torch does not count: call `set_cache` after those.
 
     Attributes (tensor data, named, shaped and typed as in the file, see `LayerConfig.tensor_shapes`):
         centroids, res_centroids, outlier_centroids: `StoredCodebook`.
@@ -100,12 +100,14 @@ class VQuantLinear(nn.Module):
         self._books: Kept[dict[str, Any]] = Kept()
         self._fused: Kept[tuple[FusedLinear | None, Any]] = Kept()
         self._tables: Kept[tuple[Tensor, Tensor | None]] = Kept()
+        self._moved: Kept[dict[str, Tensor]] = Kept()  # a shared codebook that lies on another device
         self._companions: Companions[VQuantLinear] | None = None  # of linears that `prepare_kernels` found beside this one
         self._owner: tuple[VQuantLinear, ...] = ()  # in a tuple, so that it is no child of this module
         dtype = dtype or torch.get_default_dtype()
         for name, (shape, kind) in self.layer_config.tensor_shapes().items():
             tensor = torch.zeros(shape, dtype=DTYPES.get(kind, dtype), device=device)
             self._register(name, tensor)
+        self.register_load_state_dict_post_hook(_forget_after_loading)
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)
@@ -136,7 +138,10 @@ class VQuantLinear(nn.Module):
         if self.layer_config.weight_of:
             return shared
         names = self.layer_config.codebook_shapes()
-        return own | {name: shared[name].to(own["indices"].device) for name in names}
+        books, device = {name: shared[name] for name in names}, own["indices"].device
+        if all(book.device == device for book in books.values()):
+            return own | books
+        return own | self._moved.get(books, lambda: {name: book.to(device) for name, book in books.items()}, also=device)
 
     def _codebook_owner(self) -> VQuantLinear:
         if self.layer_config.stores_codebook:
@@ -182,11 +187,14 @@ class VQuantLinear(nn.Module):
             return False
         if torch.compiler.is_compiling():  # the operator chooses by the number of rows, which may not be known yet
             return x.device.type == "cpu"
-        return sums_pay(x.numel() // self.in_features, x.device)
+        count = x.numel() // self.in_features
+        return sums_pay(count, x.device) or (count <= MOST_ROWS and x.is_cuda and use_kernels(x.device))
 
     def _fused_product(self, tensors: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor | None:
         """By the kernels for packed linears on a GPU, where they have a form for this one and no gradients are asked for."""
         if not x.is_cuda or self.cache_weight or x.dtype not in KERNEL_TYPES:
+            return None
+        if x.shape[-1] != self.in_features:
             return None
         if _learns(tensors) or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
             return None
@@ -195,14 +203,17 @@ class VQuantLinear(nn.Module):
             return None if fused is None or parts is None or fused.dtype != x.dtype else fused_call(x, fused, parts, bias)
         if choice() == "torch" or any(tensor.device != x.device for tensor in tensors.values()):
             return None
-        fused = self._fused_form(tensors, x.dtype)
+        fused, parts = self._fused_form(tensors, x.dtype)
         if fused is None:
             return None
-        if self._companions is not None and 0 < x.numel() <= MOST_ROWS * self.in_features:
-            found = self._companions.product(self, x, _multiply_all)
-            if found is not None:
-                return found
-        return fused(x, bias)
+        if torch.jit.is_tracing():
+            return fused_call(x, fused, parts, bias)
+        with torch.cuda.device(x.device):
+            if self._companions is not None and 0 < x.numel() <= MOST_ROWS * self.in_features:
+                found = self._companions.product(self, x, _multiply_all)
+                if found is not None:
+                    return found
+            return fused(x, bias)
 
     def prepare_kernels(self, dtype: torch.dtype) -> bool:
         """Make what the GPU's kernels multiply with, for inputs of type `dtype`; whether they have a form for this linear.
@@ -212,20 +223,20 @@ class VQuantLinear(nn.Module):
         """
         tensors = self._tensors()
         present = all(tensor.is_cuda for tensor in tensors.values())
-        return present and dtype in KERNEL_TYPES and self._fused_form(tensors, dtype) is not None
+        return present and dtype in KERNEL_TYPES and self._fused_form(tensors, dtype)[0] is not None
 
-    def _fused_form(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> FusedLinear | None:
+    def _fused_form(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[FusedLinear | None, Any]:
         def make() -> tuple[FusedLinear | None, Any]:
             device = next(iter(tensors.values())).device
             with torch.cuda.device(device):
                 if not kernels_run(device):
                     return None, None
-                if can_fold_order(self.layer_config):
+                if can_fold_order(self.layer_config) and not any(tensor.is_inference() for tensor in tensors.values()):
                     fold_order(tensors, self.layer_config)
                 fused = fused_linear(tensors, self.layer_config, dtype, self._kernel_tables(tensors, dtype))
             return fused, None if fused is None else taken_apart(fused)
 
-        return self._fused.get(tensors, make, also=dtype)[0]
+        return self._fused.get(tensors, make, also=dtype)
 
     def _kernel_tables(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Kept by the linear that the codebook belongs to, for all that share it."""
@@ -260,7 +271,7 @@ class VQuantLinear(nn.Module):
     def _forget(self) -> None:
         if self._companions is not None:
             self._companions.forget()
-        for kept in (self._cached, self._prepared, self._books, self._fused, self._tables):
+        for kept in (self._cached, self._prepared, self._books, self._fused, self._tables, self._moved):
             kept.drop()
 
     def _apply(self, *args: Any, **kwargs: Any) -> VQuantLinear:
@@ -282,13 +293,18 @@ class VQuantLinear(nn.Module):
         )
 
 
+def _forget_after_loading(module: nn.Module, _keys: Any) -> None:
+    assert isinstance(module, VQuantLinear)
+    module._forget()
+
+
 def _multiply_all(linears: Sequence[VQuantLinear], x: Tensor) -> list[Tensor] | None:
     """Products of a few rows with linears that the kernels take in one launch; None where they don't."""
     forms: list[FusedLinear] = []
     for linear in linears[:MOST_MATRICES]:
         tensors = linear._tensors()
         there = not linear.cache_weight and not _learns(tensors) and all(t.device == x.device for t in tensors.values())
-        form = linear._fused_form(tensors, x.dtype) if there else None
+        form = linear._fused_form(tensors, x.dtype)[0] if there else None
         if form is None or not go_together(form, forms[0] if forms else form):
             return None
         forms.append(form)

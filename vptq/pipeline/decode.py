@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 from typing import Any
@@ -25,7 +26,7 @@ def choose(logits: Tensor, temperature: float = 0.0, top_p: float = 1.0) -> Tens
     if top_p < 1:
         falling, order = odds.sort(-1, descending=True)
         before = falling.cumsum(-1) - falling
-        odds = torch.zeros_like(odds).scatter(-1, order, falling * (before < top_p))
+        odds = torch.zeros_like(odds).scatter(-1, order, falling * ((before < top_p) | (before == 0)))  # the first in any case
     return (odds / torch.empty_like(odds).exponential_()).argmax(-1, keepdim=True)  # as likely as its odds: Gumbel's trick
 
 
@@ -57,31 +58,42 @@ class StaticDecoder:
         self._call = torch.compile(model, dynamic=False) if compiled else model
         self._graph: torch.cuda.CUDAGraph | None = None
         known = inspect.signature(model.forward).parameters
+        if "past_key_values" not in known or getattr(model, "_is_stateful", False):
+            raise ValueError("it keeps no keys and values")
         self._takes_position = "cache_position" in known
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         if device.type == "cuda" if graph is None else graph:
-            self._capture()
+            with self._on_device():
+                self._capture()
 
     def fits(self, length: int, temperature: float, top_p: float) -> bool:
         """Whether this decoder can write such a text."""
         return length <= self.length and (temperature, top_p) == (self.temperature, self.top_p)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def start(self, tokens: Tensor) -> None:
         """Read a prompt, (1, n) int64, n at least 1: `token` is the first one after it."""
+        with self._on_device():
+            self._read(tokens)
+
+    def _read(self, tokens: Tensor) -> None:
         self._reset()
         positions = torch.arange(tokens.shape[1], device=self.token.device)
         logits = self._logits(self.model, tokens.to(self.token.device), positions)
         self.token.copy_(choose(logits, self.temperature, self.top_p))
         self.position.fill_(tokens.shape[1])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> None:
         """Write `token` into the text: then it is the next one. Returns before the GPU is done."""
-        if self._graph is None:
-            self._step()
-        else:
-            self._graph.replay()
+        with self._on_device():
+            if self._graph is None:
+                self._step()
+            else:
+                self._graph.replay()
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.device(self.token.device) if self.token.is_cuda else contextlib.nullcontext()
 
     def _logits(self, call: Any, tokens: Tensor, positions: Tensor) -> Tensor:
         given = {"cache_position": positions} if self._takes_position else {}
@@ -99,7 +111,7 @@ class StaticDecoder:
         self.cache.reset()
         self.position.zero_()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _capture(self) -> None:
         self._logits(self.model, self.token, self.position)  # so that the cache has its memory
         self._reset()
@@ -122,6 +134,7 @@ def make_decoder(model: Any, length: int, temperature: float, top_p: float, comp
     """A decoder for a model on a GPU; None, with a warning, for a model that has none."""
     try:
         return StaticDecoder(model, length, temperature, top_p, compiled=compiled)
-    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        warnings.warn(f"this model is written with token by token, without CUDA graphs: {error}", stacklevel=2)
+    except Exception as error:  # whatever a model of any kind makes of it: there is another way to write with it
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"this model is written with token by token, without CUDA graphs: {said}", stacklevel=2)
         return None

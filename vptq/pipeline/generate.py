@@ -18,7 +18,13 @@ from vptq.nn.vquant_linear import cache_weights
 from vptq.pipeline.decode import COLDEST, StaticDecoder, make_decoder
 
 # Settings of a folder's generation_config that `generate` of transformers follows and a captured step doesn't know.
-LEFT_TO_TRANSFORMERS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "forced_bos_token_id", "suppress_tokens")
+# Each with the value that changes nothing, beside None.
+LEFT_TO_TRANSFORMERS: dict[str, Any] = {
+    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0,
+    "min_new_tokens": 0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "bad_words_ids": [],
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "suppress_tokens": [], "begin_suppress_tokens": [],
+    "sequence_bias": {}, "stop_strings": [], "guidance_scale": 1.0, "exponential_decay_length_penalty": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,9 +162,10 @@ class Writer:
         stream.put(tokens)
         decoder.start(tokens)
         for number in range(most):
-            token = decoder.token.to("cpu", non_blocking=True)
-            there = torch.cuda.Event()
-            there.record()
+            with torch.cuda.device(self.model.device):
+                token = decoder.token.to("cpu", non_blocking=True)
+                there = torch.cuda.Event()
+                there.record()
             if number + 1 < most:
                 decoder.step()
             there.synchronize()
@@ -172,6 +179,8 @@ class Writer:
         if not self._captures:
             return None
         if self._decoder is None or not self._decoder.fits(length, sampling.temperature, sampling.top_p):
+            length = max(length, 0 if self._decoder is None else 2 * self._decoder.length)  # a conversation grows
+            length = length if self.context is None else min(length, self.context)
             self._decoder = None  # its memory first
             self._decoder = make_decoder(self.model, length, sampling.temperature, sampling.top_p, self._compiled)
             self._captures = self._decoder is not None
@@ -180,7 +189,7 @@ class Writer:
 
     def _left_to_transformers(self) -> bool:
         settings = getattr(self.model, "generation_config", None)
-        return any(getattr(settings, name, None) not in (None, 0, 1.0, []) for name in LEFT_TO_TRANSFORMERS)
+        return any(getattr(settings, name, None) not in (None, idle) for name, idle in LEFT_TO_TRANSFORMERS.items())
 
     def _last_tokens(self) -> set[int]:
         """After which nothing is written."""

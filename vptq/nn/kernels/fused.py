@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vptq.layer_config import LayerConfig
-from vptq.nn.kernels.packed import KernelMatrix, kernel_matrix, make_tables, takes
+from vptq.nn.kernels.packed import KernelMatrix, from_global, kernel_matrix, make_tables, takes
 from vptq.nn.kernels.products import MOST_ROWS, Columns, Factor, Rows, fits, product, products, weight
 from vptq.nn.kernels.turns import cut_turn, turn, turns
 from vptq.nn.operands import main_matrix, outlier_matrix, row_scales
@@ -135,8 +135,9 @@ def fused_linear(
     main, outliers = main_matrix(tensors, config, dtype), outlier_matrix(tensors, config, dtype)
     if not all(takes(matrix, dtype) for matrix in (main, outliers) if matrix is not None) or not _turns(config):
         return None
-    made = [_made(main, dtype, tables)] + ([] if outliers is None else [_made(outliers, dtype)])
-    if not all(fits(matrix, matrix.words.device) for matrix in made):
+    own = _made(main, dtype, tables)
+    first = None if outliers is None else _made(outliers, dtype)
+    if own is None or (outliers is not None and first is None):
         return None
     order = (tensors["perm"].int() & 0xFFFF) if config.enable_perm else None
     if order is not None and torch.equal(order, torch.arange(len(order), dtype=torch.int32, device=order.device)):
@@ -155,20 +156,23 @@ def fused_linear(
         )
         row_scale = unit[None] if row_scale is None else row_scale * unit
     size = config.outlier_size
-    if main.words.is_cuda:
-        torch.cuda.current_stream(main.words.device).synchronize()  # kernels read codebooks before what ran before has ended
-    return FusedLinear(
-        config=config, dtype=dtype, main=made[0], outliers=made[1] if len(made) > 1 else None,
+    found = FusedLinear(
+        config=config, dtype=dtype, main=own, outliers=first,
         main_columns=_part(columns, slice(size, None)), outlier_columns=_part(columns, slice(0, size)),
         scale=None if scale is None else scale.to(dtype), offset=None if offset is None else offset.to(dtype),
         row_scale=row_scale, weight_scale=weight_scale, order=order,
     )  # fmt: skip
+    if main.words.is_cuda:  # kernels read constants before what ran ahead of them has ended
+        torch.cuda.current_stream(main.words.device).synchronize()
+    return found
 
 
 def _made(
     matrix: VectorMatrix | RingMatrix, dtype: torch.dtype, tables: tuple[Tensor, Tensor | None] | None = None
-) -> KernelMatrix:
-    return kernel_matrix(matrix, make_tables(matrix, dtype) if tables is None else tables)
+) -> KernelMatrix | None:
+    """In a form that its GPU has room for; None where it has for none."""
+    found = kernel_matrix(matrix, make_tables(matrix, dtype) if tables is None else tables)
+    return next((form for form in (found, from_global(found)) if fits(form, found.words.device)), None)
 
 
 def _turns(config: LayerConfig) -> bool:

@@ -5,6 +5,7 @@ Nothing is compiled when the package is installed, and no compiler or header is 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from vptq.errors import VptqError
 
 PROGRAMMATIC_SERIALIZATION = 6  # CUlaunchAttributeID
 MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
-PREFERRED_SHARED = 9
+NO_CONTEXT = 201  # CUresult
+SHARED_OF_BLOCK = 97  # CUdevice_attribute
 STATIC_SHARED = 48 << 10  # more must be asked for
 FIRST_TENSOR_CORES = 8  # major compute capability whose tensor cores the kernels are written for
 FIRST_PROGRAMMATIC = 90  # compute capability from which a kernel may begin before the one ahead of it has ended
@@ -99,25 +102,44 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vptq" / "kernels"
 
 
-def kept_binary(source: str, defines: Mapping[str, int], capability: int) -> bytes:
-    """As `compile_source`, from the cache where it is there. A cache that can't be read or written is done without."""
+def kept_binary(source: str, defines: Mapping[str, int], capability: int, anew: bool = False) -> bytes:
+    """As `compile_source`, from the cache where it is there; anew: compiled whatever is there, and kept in its place.
+
+    A cache that can't be read or written is done without.
+    """
+    path = _place(source, defines, capability)
+    if path is not None and not anew:
+        with contextlib.suppress(OSError):
+            return path.read_bytes()
+    binary = compile_source(source, defines, capability)
+    if path is not None:
+        with contextlib.suppress(OSError):
+            _write_whole(path, binary)
+    return binary
+
+
+def _place(source: str, defines: Mapping[str, int], capability: int) -> Path | None:
+    """Where a binary is kept; None where there is no such place."""
     version = (ctypes.c_int(), ctypes.c_int())
     _checked(_nvrtc().nvrtcVersion(ctypes.byref(version[0]), ctypes.byref(version[1])))
     text = f"{source}\n{sorted(defines.items())} {capability} {version[0].value}.{version[1].value}"
-    path = cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()}.cubin"
     try:
-        return path.read_bytes()
-    except OSError:
-        pass
-    binary = compile_source(source, defines, capability)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        return cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()}.cubin"
+    except RuntimeError:  # nobody's home
+        return None
+
+
+def _write_whole(path: Path, binary: bytes) -> None:
+    """Under another name first, so that no other process ever sees a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
             file.write(binary)
-        os.replace(file.name, path)
-    except OSError:
-        pass
-    return binary
+            file.close()
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
 
 
 def read_source(*names: str) -> str:
@@ -163,10 +185,6 @@ class Kernel:
             _driver_checked(_driver().cuModuleLoadData(ctypes.byref(self._module), binary))
             _driver_checked(_driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
 
-    def prefer_shared(self, percent: int) -> None:
-        """How much of a multiprocessor's fast memory should be shared memory; the rest is cache."""
-        _driver_checked(_driver().cuFuncSetAttribute(self._function, PREFERRED_SHARED, percent))
-
     def launch(self, grid: tuple[int, int, int], threads: int, shared: int, arguments: Sequence[Any]) -> None:
         """On torch's current stream of the current device. arguments: ctypes values, as the function takes them."""
         if shared > self._largest:
@@ -177,7 +195,11 @@ class Kernel:
             grid, (threads, 1, 1), shared, torch.cuda.current_stream().cuda_stream,
             ctypes.pointer(self._attribute), int(self._programmatic),
         )  # fmt: skip
-        _driver_checked(_driver().cuLaunchKernelEx(ctypes.byref(settings), self._function, pointers, None))
+        code = _driver().cuLaunchKernelEx(ctypes.byref(settings), self._function, pointers, None)
+        if code == NO_CONTEXT:  # a thread that has asked nothing of the GPU yet
+            torch.cuda.current_stream().query()
+            code = _driver().cuLaunchKernelEx(ctypes.byref(settings), self._function, pointers, None)
+        _driver_checked(code)
 
 
 @functools.cache
@@ -188,7 +210,7 @@ def kernels_run(device: torch.device) -> bool:
             return False
         get_kernel(("ptx.cuh", "trial.cu"), "trial", (), device).launch((1, 1, 1), 32, 0, [])
         torch.cuda.current_stream(device).synchronize()
-    except (VptqError, OSError, RuntimeError) as error:
+    except (VptqError, OSError, RuntimeError, AttributeError) as error:
         warnings.warn(f"packed linears run without their fast kernels: {error}", stacklevel=2)
         return False
     return True
@@ -200,4 +222,27 @@ def get_kernel(sources: tuple[str, ...], name: str, defines: tuple[tuple[str, in
     major, minor = torch.cuda.get_device_capability(device)
     programmatic = 10 * major + minor >= FIRST_PROGRAMMATIC
     settings = dict(defines) | {"PROGRAMMATIC": int(programmatic)}
-    return Kernel(kept_binary(read_source(*sources), settings, 10 * major + minor), name, device, programmatic)
+    source, capability = read_source(*sources), 10 * major + minor
+    try:
+        return Kernel(kept_binary(source, settings, capability), name, device, programmatic)
+    except KernelError:  # a damaged file in the cache?
+        return Kernel(kept_binary(source, settings, capability, anew=True), name, device, programmatic)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a GPU: multiprocessors, and bytes of shared memory that a block can have."""
+
+    processors: int
+    shared: int
+
+
+@functools.cache
+def limits_of(device: torch.device) -> Limits:
+    """What launches on a GPU have to keep to."""
+    shared, own = ctypes.c_int(), ctypes.c_int()
+    _driver_checked(
+        _driver().cuDeviceGet(ctypes.byref(own), torch.cuda.current_device() if device.index is None else device.index)
+    )
+    _driver_checked(_driver().cuDeviceGetAttribute(ctypes.byref(shared), SHARED_OF_BLOCK, own))
+    return Limits(torch.cuda.get_device_properties(device).multi_processor_count, shared.value)

@@ -31,7 +31,8 @@ def call(x: Tensor, fused: FusedLinear, parts: tuple[list[Tensor], str], bias: T
     schema="(Tensor x, Tensor[] tensors, Tensor? bias, str form, SymInt out_features) -> Tensor",
 )  # fmt: skip
 def _fused_linear(x: Tensor, tensors: list[Tensor], bias: Tensor | None, form: str, out_features: int) -> Tensor:
-    return put_together(tensors, form)(x, bias)
+    with torch.cuda.device(x.device):
+        return put_together(tensors, form)(x, bias)
 
 
 @_fused_linear.register_fake

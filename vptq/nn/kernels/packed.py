@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from vptq.nn.rings import RingMatrix, make_run_table
 from vptq.nn.vectors import VectorMatrix
 
+LEAST_CENTROIDS = 8
 LONGEST_ENTRY = 16  # numbers that one look-up brings
 MOST_STATE_BITS = 20  # of a trellis
 SHARED_TABLES = 128 << 10  # bytes of codebooks that still fit in shared memory beside the rest
@@ -61,7 +62,9 @@ def takes(matrix: VectorMatrix | RingMatrix, dtype: torch.dtype) -> bool:
     if isinstance(matrix, RingMatrix):
         length = matrix.table.shape[1]
         return length <= LONGEST_ENTRY and length & (length - 1) == 0 and matrix.trellis.state_bits <= MOST_STATE_BITS
-    return matrix.along_out and matrix.vector_len <= LONGEST_ENTRY and matrix.main_bits > 0
+    books = [book for book in (matrix.main, matrix.residual) if book is not None]
+    least = min(book.shape[1] for book in books)  # smaller ones don't fill what is copied at once
+    return matrix.along_out and matrix.vector_len <= LONGEST_ENTRY and least >= LEAST_CENTROIDS
 
 
 def make_tables(matrix: VectorMatrix | RingMatrix, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -90,6 +93,11 @@ def kernel_matrix(matrix: VectorMatrix | RingMatrix, tables: tuple[Tensor, Tenso
         matrix.words, main, residual, defines, matrix.out_features, matrix.group_size,
         groups=groups, row_words=row_words, units=rows, ring_words=0,
     )  # fmt: skip
+
+
+def from_global(matrix: KernelMatrix) -> KernelMatrix:
+    """The same matrix with codebooks that stay in global memory, for GPUs with little shared memory."""
+    return replace(matrix, defines=matrix.defines | {"COPIES": 0})
 
 
 def _of_rings(matrix: RingMatrix, table: Tensor) -> KernelMatrix:

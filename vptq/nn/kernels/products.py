@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vptq.nn.kernels.nvrtc import Kernel, get_kernel
+from vptq.nn.kernels.nvrtc import Kernel, get_kernel, limits_of
 from vptq.nn.kernels.packed import COPIED_TABLES, KernelMatrix, MatrixStruct, lane_words
 
 MOST_ROWS = 16  # of x that one launch takes
@@ -22,6 +20,7 @@ WIDEST_OF_HALF = 4096  # columns that half as many threads make ready in one go
 SHARED_OF_TWO = 200 << 10  # bytes, of two blocks on a processor
 TURN_COSTS = (0.5, 2.0)  # of adding up a turn's sums, in steps; with one row of x, and with more: measured
 STAGES_BYTES = 24 << 10  # of shared memory, for words on their way
+SMALLER = ((256, 24 << 10), (256, 12 << 10), (128, 8 << 10))  # threads and stages where shared memory is short
 PART_FLOATS = 4096  # sums of warps that wait to be added
 MOST_TURNS = 8
 
@@ -85,13 +84,15 @@ class Cut:
     """How a product is shared out: constants of product.cu, and its launch.
 
     Attributes:
-        batch, tiles: rows of x in one product of the tensor cores, and such products side by side. threads: of a block.
+        batch, tiles: rows of x in one product of the tensor cores, and such products side by side.
+        threads: of a block. stages: bytes of shared memory for words on their way.
         across: warps along the columns. blocks: launched. shared: bytes. columns: of x made ready.
     """
 
     batch: int
     tiles: int
     threads: int
+    stages: int
     across: int
     blocks: int
     shared: int
@@ -120,13 +121,13 @@ def products(x: Tensor, factors: Sequence[Factor], out: torch.dtype) -> list[Ten
         factors: up to MOST_MATRICES, with equal `defines`. out: the codebooks' type or float32.
     """
     count, device = len(x), x.device
-    properties = _properties(device)
-    shares = share_out([factor.matrix.struct.units for factor in factors], properties.multi_processor_count)
-    cuts = cut_products([factor.matrix for factor in factors], count, shares, properties.shared_memory_per_block_optin)
+    limits = limits_of(device)
+    shares = share_out([factor.matrix.struct.units for factor in factors], limits.processors)
+    cuts = cut_products([factor.matrix for factor in factors], count, shares, limits.shared)
     found = [torch.empty(count, factor.matrix.struct.out_features, dtype=out, device=device) for factor in factors]
     cut = cuts[0]
     defines = factors[0].matrix.defines | {
-        "BATCH": cut.batch, "TILES": cut.tiles, "THREADS": cut.threads, "STAGES_BYTES": STAGES_BYTES,
+        "BATCH": cut.batch, "TILES": cut.tiles, "THREADS": cut.threads, "STAGES_BYTES": cut.stages,
         "FLOAT_X": int(x.dtype == torch.float32), "FLOAT_Y": int(out == torch.float32), "PREPARED": int(cut.batch > 1),
     }  # fmt: skip
     struct = _ProductsStruct(count=len(factors))
@@ -173,7 +174,7 @@ def weight(matrix: KernelMatrix, scale: Tensor | None, offset: Tensor | None, ro
         stride=out.stride(0), scale_step=_scale_step(row_scale),
     )  # fmt: skip
     shared = matrix.table_bytes * d["COPIES"]
-    blocks = _properties(out.device).multi_processor_count * (1 if 2 * shared > SHARED_OF_TWO else 2)
+    blocks = limits_of(out.device).processors * (1 if 2 * shared > SHARED_OF_TWO else 2)
     _kernel("weight", defines, out.device, "weight.cu").launch((blocks, 1, 1), MOST_THREADS, shared, [struct])
 
 
@@ -194,17 +195,21 @@ def cut_products(matrices: Sequence[KernelMatrix], count: int, shares: Sequence[
     units, processors = sum(matrix.struct.units for matrix in matrices), sum(shares)
     batch, tiles = _cut_rows(-(-matrices[0].unit_rows // 2), units, count, processors)
 
-    def cuts(threads: int) -> list[Cut]:
-        return [_cut(matrix, batch, tiles, share, threads) for matrix, share in zip(matrices, shares, strict=True)]
+    def cuts(threads: int, stages: int) -> list[Cut]:
+        return [_cut(matrix, batch, tiles, share, threads, stages) for matrix, share in zip(matrices, shares, strict=True)]
 
-    found = cuts(_threads(matrices[0]) if batch == 1 else MOST_THREADS)
-    return found if max(cut.shared for cut in found) <= most_shared else cuts(MOST_THREADS // 2)
+    found = cuts(_threads(matrices[0]) if batch == 1 else MOST_THREADS, STAGES_BYTES)
+    for threads, stages in SMALLER:  # GPUs differ in shared memory
+        if max(cut.shared for cut in found) > most_shared:
+            found = cuts(threads, stages)
+    return found
 
 
 def fits(matrix: KernelMatrix, device: torch.device) -> bool:
     """Whether products with any number of rows find room in shared memory."""
-    most, processors = _properties(device).shared_memory_per_block_optin, _properties(device).multi_processor_count
-    return all(cut_products([matrix], n, [processors], most)[0].shared <= most for n in range(1, MOST_ROWS + 1))
+    limits = limits_of(device)
+    cuts = (cut_products([matrix], n, [limits.processors], limits.shared)[0] for n in range(1, MOST_ROWS + 1))
+    return all(cut.shared <= limits.shared for cut in cuts)
 
 
 def _threads(matrix: KernelMatrix) -> int:
@@ -214,7 +219,7 @@ def _threads(matrix: KernelMatrix) -> int:
     return MOST_THREADS // 2 if narrow and shared >= COPIED_TABLES else MOST_THREADS
 
 
-def _cut(matrix: KernelMatrix, batch: int, tiles: int, processors: int, threads: int) -> Cut:
+def _cut(matrix: KernelMatrix, batch: int, tiles: int, processors: int, threads: int, stages: int) -> Cut:
     d, m = matrix.defines, matrix.struct
     warps = threads // 32
     pairs = -(-matrix.unit_rows // 2)
@@ -225,9 +230,9 @@ def _cut(matrix: KernelMatrix, batch: int, tiles: int, processors: int, threads:
     parts = turns * part_pairs * 2 * (warps // across) * batch * batch * tiles * (across + 1)
     columns = -(-slices // across) * across * slice_columns
     stage = lane_words(d) * 4 * threads
-    words = max(2, min(8, STAGES_BYTES // stage)) * stage
+    words = max(2, min(8, stages // stage)) * stage
     shared = matrix.table_bytes * d["COPIES"] + words + (0 if batch > 1 else 2 * columns) + 4 * max(parts, warps)
-    return Cut(batch, tiles, threads, across, min(units, processors), shared, columns)
+    return Cut(batch, tiles, threads, stages, across, min(units, processors), shared, columns)
 
 
 def _cut_rows(pairs: int, units: int, count: int, processors: int) -> tuple[int, int]:
@@ -263,11 +268,6 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _scale_step(row_scale: Tensor | None) -> int:
     return 0 if row_scale is None or row_scale.numel() == 1 else 1
-
-
-@functools.cache
-def _properties(device: torch.device) -> Any:
-    return torch.cuda.get_device_properties(device)
 
 
 def _kernel(name: str, defines: dict[str, int], device: torch.device, source: str = "product.cu") -> Kernel:
