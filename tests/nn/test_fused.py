@@ -187,6 +187,23 @@ def test_compiled_and_exported_as_it_is(setting, generator):
 
 
 @pytest.mark.gpu
+def test_other_forms_are_multiplied_by_triton(generator, monkeypatch):
+    from vptq.nn.kernels import tiles
+
+    called = []
+    real = tiles.product_by_kernel
+    monkeypatch.setattr(tiles, "product_by_kernel", lambda *given: called.append(1) or real(*given))
+    device = torch.device("cuda", 0)
+    for setting, dtype in (("inputs", torch.float16), ("v8k4096", torch.float32)):
+        module = random_module(setting, (384, 512), dtype, device, generator)
+        x = torch.randn(MOST_ROWS, 512, generator=generator).to(device, dtype)
+        called.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(module(x).float(), x.float() @ module.dequantize().float().T, rtol=2e-2, atol=2e-2)
+        assert called
+
+
+@pytest.mark.gpu
 def test_products_go_into_a_cuda_graph(generator):
     device = torch.device("cuda", 0)
     module = random_module("outliers", (384, 512), torch.float16, device, generator, bias=True)
@@ -307,9 +324,8 @@ def test_small_gpus_have_kernels_too(setting, shared, generator, monkeypatch):
 
 
 def test_codebooks_of_a_few_numbers_are_left_to_others():
-    matrix = VectorMatrix(
-        torch.zeros(1, 8, 2, dtype=torch.int32), torch.randn(1, 64, 2), torch.randn(1, 2, 2), 16, 8, True, 6, 1
-    )
+    words, main, residual = torch.zeros(1, 8, 2, dtype=torch.int32), torch.randn(1, 64, 2), torch.randn(1, 2, 2)
+    matrix = VectorMatrix(words, main, residual, 16, 8, True, 6, 1)
     assert not takes(matrix, torch.float16)
 
 

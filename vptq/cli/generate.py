@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=_seed, default=0, metavar="INT", help="of the draws (default: 0)")
     parser.add_argument(
         "--cache_gb", type=_number(0, math.inf), default=0.0, metavar="FLOAT",
-        help="dequantized weights kept, in GB: more speed for more memory (default: 0; inf for all)",
+        help="dequantized weights kept, in GB: faster on a CPU, for more memory (default: 0; inf for all)",
     )  # fmt: skip
     parser.add_argument(
         "--compile", action="store_true", default=False, help="on a GPU: torch.compile first, a minute or so, then faster"

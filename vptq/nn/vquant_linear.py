@@ -333,7 +333,7 @@ def _float_type(stored: dict[str, Tensor]) -> torch.dtype:
 
 
 def cache_weights(model: nn.Module, on: bool = True, limit: float | None = None) -> int:
-    """Let the VQuantLinears of a model keep their dequantized weights (faster, more memory), or stop that.
+    """Let the VQuantLinears of a model keep their dequantized weights, or stop that: faster on a CPU, and for many rows.
 
     Args:
         limit: most bytes of weights kept, in the order of the modules; None for all.
