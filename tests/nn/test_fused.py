@@ -158,6 +158,20 @@ def test_cuda_sources_run_on_a_cpu(setting, generator, emulated):
     assert fused(x[:0]).shape == (0, shape[0])
 
 
+@pytest.mark.parametrize("setting, copies", [("v6k4096", 0), ("trellis 2", 0), ("rotated", 2)])
+def test_codebooks_stay_in_global_memory_where_there_is_little_shared(setting, copies, generator, emulated, monkeypatch):
+    monkeypatch.setattr(products, "limits_of", lambda device: Limits(processors=3, shared=40 << 10))
+    shape = (352, 224) if "rotation" in SETTINGS[setting] else (76, 600)
+    module = random_module(setting, shape, torch.float16, torch.device("cpu"), generator)
+    fused = fused_linear(module.stored_tensors(), module.layer_config, torch.float16)
+    assert fused.main.defines["COPIES"] == copies
+    weight = dequantize_packed(module.stored_tensors(), module.layer_config, torch.float32)
+    for count in (1, MOST_ROWS + 1):
+        x = torch.randn(count, shape[1], generator=generator).half()
+        right = x.double() @ weight.double().T
+        assert relative(fused(x), right) <= 2 * relative(torch.nn.functional.linear(x, weight.half()), right)
+
+
 def test_several_matrices_in_one_launch_on_a_cpu(generator, emulated):
     cpu, shapes = torch.device("cpu"), [(76, 600), (20, 600)]
     modules = [random_module("v8k4096", shape, torch.float16, cpu, generator) for shape in shapes]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vptq.layer_config import LayerConfig
-from vptq.nn.kernels.packed import KernelMatrix, from_global, kernel_matrix, make_tables, takes
+from vptq.nn.kernels.packed import KernelMatrix, kernel_matrix, make_tables, takes, with_fewer_copies
 from vptq.nn.kernels.products import MOST_ROWS, Columns, Factor, Rows, fits, product, products, weight
 from vptq.nn.kernels.turns import cut_turn, turn, turns
 from vptq.nn.operands import main_matrix, outlier_matrix, row_scales
@@ -172,7 +172,7 @@ def _made(
 ) -> KernelMatrix | None:
     """In a form that its GPU has room for; None where it has for none."""
     found = kernel_matrix(matrix, make_tables(matrix, dtype) if tables is None else tables)
-    return next((form for form in (found, from_global(found)) if fits(form, found.words.device)), None)
+    return next((form for form in with_fewer_copies(found) if fits(form, found.words.device)), None)
 
 
 def _turns(config: LayerConfig) -> bool:

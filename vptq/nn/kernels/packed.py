@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -95,9 +96,13 @@ def kernel_matrix(matrix: VectorMatrix | RingMatrix, tables: tuple[Tensor, Tenso
     )  # fmt: skip
 
 
-def from_global(matrix: KernelMatrix) -> KernelMatrix:
-    """The same matrix with codebooks that stay in global memory, for GPUs with little shared memory."""
-    return replace(matrix, defines=matrix.defines | {"COPIES": 0})
+def with_fewer_copies(matrix: KernelMatrix) -> Iterator[KernelMatrix]:
+    """The matrix, then the same with codebooks fewer times in shared memory, last not at all: for GPUs that have little."""
+    copies = matrix.defines["COPIES"]
+    while copies:
+        yield replace(matrix, defines=matrix.defines | {"COPIES": copies})
+        copies //= 2
+    yield replace(matrix, defines=matrix.defines | {"COPIES": 0})
 
 
 def _of_rings(matrix: RingMatrix, table: Tensor) -> KernelMatrix:
