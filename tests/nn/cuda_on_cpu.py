@@ -29,12 +29,12 @@ def build_folder() -> Path:
 class Emulated:
     """Stands for `nvrtc.Kernel`."""
 
-    def __init__(self, library):
-        self.library = library
+    def __init__(self, code):
+        self.code = code
 
     def launch(self, grid, threads, shared, arguments):
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
-        self.library.emulate(*grid, threads, shared, pointers)
+        self.code.emulate(*grid, threads, shared, pointers)
 
 
 @functools.cache

@@ -15,11 +15,11 @@ from vptq.nn.kernels import products, turns
 from vptq.nn.kernels.fused import few_rows, fused_linear, go_together
 from vptq.nn.kernels.nvrtc import Limits
 from vptq.nn.kernels.packed import kernel_matrix, lane_words, make_tables, takes, unit_vectors, unit_words
-from vptq.nn.kernels.products import MOST_ROWS, cut_products
+from vptq.nn.kernels.products import cut_products
 from vptq.nn.kernels.turns import _sign_bits, _small_matrix, cut_turn
 from vptq.nn.reference import dequantize_packed
 from vptq.nn.rings import RingMatrix, make_run_table
-from vptq.nn.vectors import VectorMatrix
+from vptq.nn.vectors import MOST_ROWS, VectorMatrix
 from vptq.nn.vquant_linear import VQuantLinear
 from vptq.quantize.rotation import Rotation
 from vptq.quantize.trellis import Trellis

@@ -17,6 +17,7 @@ from vptq.quantize.result import lay_out, look_up
 
 CHUNK_WEIGHTS = 1 << 20
 BAG_INDICES = 1 << 16  # looked up at once: they stay in a core's cache, and torch keeps to one thread that long
+MOST_ROWS = 16  # of x that the GPU's kernels take in one launch
 FEW_ROWS = 12  # of x, for which sums of centroids are cheaper than unpacking: measured, docs/performance.md
 
 

@@ -21,12 +21,12 @@ from vptq.nn.kernels.operator import call as fused_call
 from vptq.nn.kernels.operator import taken_apart
 from vptq.nn.kernels.packed import FLOATS as KERNEL_TYPES
 from vptq.nn.kernels.packed import make_tables
-from vptq.nn.kernels.products import MOST_MATRICES, MOST_ROWS
+from vptq.nn.kernels.products import MOST_MATRICES
 from vptq.nn.operands import Operands, main_matrix
 from vptq.nn.ops import rotate
 from vptq.nn.reference import dequantize_packed, dequantize_rotated, rotation_of
 from vptq.nn.rings import RingMatrix, longest_run, make_run_table
-from vptq.nn.vectors import VectorMatrix, sums_pay
+from vptq.nn.vectors import MOST_ROWS, VectorMatrix, sums_pay
 
 DTYPES = {"int32": torch.int32, "int16": torch.int16}
 
@@ -241,8 +241,11 @@ class VQuantLinear(nn.Module):
     def _kernel_tables(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Kept by the linear that the codebook belongs to, for all that share it."""
         codebooks = {name: tensor for name, tensor in tensors.items() if name.startswith(("centroids.", "res_centroids."))}
-        matrix = main_matrix(tensors, self.layer_config, dtype)
-        return self._codebook_owner()._tables.get(codebooks, lambda: make_tables(matrix, dtype), also=dtype)
+
+        def make() -> tuple[Tensor, Tensor | None]:
+            return make_tables(main_matrix(tensors, self.layer_config, dtype), dtype)
+
+        return self._codebook_owner()._tables.get(codebooks, make, also=dtype)
 
     def _weight(self, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
         """The weight as it is stored, in x's type: rotated where it is."""

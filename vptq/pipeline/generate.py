@@ -86,7 +86,8 @@ class Writer:
         trust_remote_code: bool = False,
     ) -> None:
         self.model = load_whole(model_name, device, trust_remote_code=trust_remote_code)
-        cache_weights(self.model, limit=cache_bytes)
+        if cache_bytes:  # else what loading made ready would be made again
+            cache_weights(self.model, limit=cache_bytes)
         self.tokenizer = load_tokenizer(resolve_folder(model_name), trust_remote_code)
         self._compiled = compiled
         self._decoder: StaticDecoder | None = None

@@ -8,9 +8,7 @@
 //   WIDE             1: rows of words may be read 16 bytes at a time
 //   EVEN             1: groups have a multiple of 8 columns, and those a whole number of words
 //   GROUPED          1: more than one group of columns
-//   THREADS of a block; STAGES_BYTES of shared memory for words on their way
 // A lane holds LANE_COLUMNS neighbouring columns of UNIT_ROWS rows.
-
 
 __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
@@ -40,6 +38,8 @@ DEVICE u32 pair_of(float low, float high) { return u32(from_float(low)) | (u32(f
 DEVICE u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
 DEVICE u32 high_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
 
+DEVICE void spread(const u32x4& v, u32* q) { q[0] = v.x; q[1] = v.y; q[2] = v.z; q[3] = v.w; }
+
 struct Entry { u32 r[max_of(1, ENTRY / 2)]; };
 
 // One entry of a codebook, `offset` bytes in.
@@ -52,10 +52,7 @@ DEVICE Entry look_up(const char* table, u32 offset) {
   if constexpr (ENTRY == 4) { u64 v = *(const u64*)p; e.r[0] = u32(v); e.r[1] = u32(v >> 32); }
   if constexpr (ENTRY >= 8) {
 #pragma unroll
-    for (int i = 0; i < ENTRY / 8; i++) {
-      u32x4 v = ((const u32x4*)p)[i];
-      e.r[4 * i] = v.x; e.r[4 * i + 1] = v.y; e.r[4 * i + 2] = v.z; e.r[4 * i + 3] = v.w;
-    }
+    for (int i = 0; i < ENTRY / 8; i++) spread(((const u32x4*)p)[i], e.r + 4 * i);
   }
 #else
   if constexpr (ENTRY < 16) read_constant<ENTRY_BYTES>(p, e.r);
@@ -162,37 +159,27 @@ struct Matrix {
   int last_words;               // the last place from which one lane's words can be read
 };
 
-// The words that hold a lane's columns of a unit are copied to its own places in shared memory, so that many are on their way
-// at once and no thread waits for another. Word i of a thread lies at i · THREADS + its number, by 16 bytes where WIDE.
-constexpr int LANE_COPIES = WIDE ? LANE_WORDS / 4 : LANE_WORDS;
-constexpr int STAGE_BYTES = LANE_WORDS * 4 * THREADS;
-constexpr int STAGES = max_of(2, min_of(8, STAGES_BYTES / STAGE_BYTES));
+// Where a lane's words are, from its first one on, LANE_READS of them, by four where WIDE: visit(number, place, whether it is
+// there). Past the end of a row what comes next is read: it meets zeros of x, or rows of W that nobody asks for. (Places past the
+// last must not all become the last: thousands of readers of one address wait for each other.)
+constexpr int READ_WORDS = WIDE ? 4 : 1, LANE_READS = LANE_WORDS / READ_WORDS;
 
-// From a lane's first word. Past the end of a row what comes next is read: it meets zeros of x, or rows of W that nobody asks
-// for. (Places past the last must not all become the last: thousands of readers of one address wait for each other.)
-DEVICE void begin_words(const Matrix& m, int place, int unit, u32 stage) {
+template <class Visit> DEVICE void visit_words(const Matrix& m, int place, int unit, Visit visit) {
 #if STEP_BITS
   const int ring_units = m.ring_words / UNIT_WORDS;
   const int before = unit % ring_units ? -m.row_words : (m.ring_words - 1) * m.row_words;
 #pragma unroll
   for (int i = 0; i <= UNIT_WORDS; i++) {
     const int at = place + (i ? (i - 1) * m.row_words : before);
-#if WIDE
-    copy_16(stage + 16 * i * THREADS, m.words + at, at <= m.last_words);
-#else
 #pragma unroll
-    for (int c = 0; c < 4; c++) copy_4(stage + 4 * (4 * i + c) * THREADS, m.words + at + c, at + c <= m.last_words);
-#endif
+    for (int c = 0; c < 4; c += READ_WORDS) visit((4 * i + c) / READ_WORDS, at + c, at + c <= m.last_words);
   }
-#elif WIDE
-#pragma unroll
-  for (int i = 0; i < LANE_COPIES; i++) copy_16(stage + 16 * i * THREADS, m.words + place + 4 * i, place <= m.last_words);
-#elif EVEN
-#pragma unroll
-  for (int i = 0; i < LANE_COPIES; i++) copy_4(stage + 4 * i * THREADS, m.words + place + i, place <= m.last_words);
 #else
 #pragma unroll
-  for (int i = 0; i < LANE_COPIES; i++) copy_4(stage + 4 * i * THREADS, m.words + place + i, place + i <= m.last_words);
+  for (int i = 0; i < LANE_READS; i++) {
+    const int at = place + READ_WORDS * i;
+    visit(i, at, (EVEN ? place : at) <= m.last_words);
+  }
 #endif
 }
 
@@ -200,22 +187,6 @@ DEVICE void begin_words(const Matrix& m, int place, int unit, u32 stage) {
 DEVICE void align_words(u32 (&q)[LANE_WORDS], int shift) {
 #pragma unroll
   for (int i = 0; i + 1 < LANE_WORDS; i++) q[i] = __funnelshift_r(q[i], q[i + 1], shift);
-}
-
-DEVICE void take_words(const char* stage, int shift, u32 (&q)[LANE_WORDS]) {
-#if WIDE
-#pragma unroll
-  for (int i = 0; i < LANE_COPIES; i++) {
-    const u32x4 v = ((const u32x4*)stage)[i * THREADS];
-    q[4 * i] = v.x; q[4 * i + 1] = v.y; q[4 * i + 2] = v.z; q[4 * i + 3] = v.w;
-  }
-#else
-#pragma unroll
-  for (int i = 0; i < LANE_WORDS; i++) q[i] = ((const u32*)stage)[i * THREADS];
-#endif
-#if !STEP_BITS
-  if constexpr (!WHOLE_WORDS) align_words(q, shift);
-#endif
 }
 
 // Codebooks into shared memory, COPIES times side by side; where they stay in global memory, nothing. Some of it is copied in

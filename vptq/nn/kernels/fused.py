@@ -10,12 +10,12 @@ from torch import Tensor
 
 from vptq.layer_config import LayerConfig
 from vptq.nn.kernels.packed import KernelMatrix, kernel_matrix, make_tables, takes, with_fewer_copies
-from vptq.nn.kernels.products import MOST_ROWS, Columns, Factor, Rows, fits, product, products, weight
+from vptq.nn.kernels.products import Columns, Factor, Rows, fits, product, products, weight
 from vptq.nn.kernels.turns import cut_turn, turn, turns
 from vptq.nn.operands import main_matrix, outlier_matrix, row_scales
 from vptq.nn.reference import rotation_of
 from vptq.nn.rings import RingMatrix
-from vptq.nn.vectors import VectorMatrix
+from vptq.nn.vectors import MOST_ROWS, VectorMatrix
 from vptq.quantize.rotation import Rotation
 
 SMALLEST_SCALE = 2.0**-30
@@ -52,11 +52,8 @@ class FusedLinear:
         if not len(rows):
             found = x.new_empty(0, self.config.out_features)
         else:
-            found = self._few(rows, bias) if len(rows) <= MOST_ROWS else self._many(rows, bias)
+            found = few_rows(rows, [self], [bias])[0] if len(rows) <= MOST_ROWS else self._many(rows, bias)
         return found.view(*x.shape[:-1], self.config.out_features)
-
-    def _few(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return few_rows(x, [self], [bias])[0]
 
     def _many(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rotation = rotation_of(self.config)
@@ -146,19 +143,15 @@ def fused_linear(
     scale = _in_order(tensors["weight_scale"], order, 1.0) if config.enable_norm else None
     offset = _in_order(tensors["weight_bias"], order, 0.0) if config.enable_norm else None
     weight_scale = row_scale = row_scales(tensors, config)
-    columns = Columns(perm=perm, offset=None if offset is None else offset.to(dtype))
+    columns = Columns(perm=perm, offset=offset)
     if scale is not None:  # at most 1, so that 16 bits still hold x times scale; the rest, a power of two, goes to the rows
         unit = torch.exp2(scale.float().abs().max().clamp_min(SMALLEST_SCALE).log2().ceil())
-        columns = replace(
-            columns,
-            scale=(scale.float() / unit).to(dtype),
-            offset=None if offset is None else (offset.float() / unit).to(dtype),
-        )
+        columns = replace(columns, scale=scale.float() / unit, offset=None if offset is None else offset.float() / unit)
         row_scale = unit[None] if row_scale is None else row_scale * unit
     size = config.outlier_size
     found = FusedLinear(
         config=config, dtype=dtype, main=own, outliers=first,
-        main_columns=_part(columns, slice(size, None)), outlier_columns=_part(columns, slice(0, size)),
+        main_columns=_part(columns, slice(size, None), dtype), outlier_columns=_part(columns, slice(0, size), dtype),
         scale=None if scale is None else scale.to(dtype), offset=None if offset is None else offset.to(dtype),
         row_scale=row_scale, weight_scale=weight_scale, order=order,
     )  # fmt: skip
@@ -187,8 +180,8 @@ def _in_order(values: Tensor, order: Tensor | None, idle: float) -> Tensor | Non
     return values.contiguous() if order is None else values[order.long()]
 
 
-def _part(columns: Columns, part: slice) -> Columns:
-    """Of some stored columns, each tensor where the kernels can read it many numbers at a time."""
-    cut = {name: getattr(columns, name) for name in ("perm", "scale", "offset")}
-    cut = {name: None if tensor is None else tensor[part].clone() for name, tensor in cut.items()}
-    return replace(columns, first=part.start or 0, **cut)
+def _part(columns: Columns, part: slice, dtype: torch.dtype) -> Columns:
+    """Of some stored columns, in the kernels' type, each tensor where they can read it many numbers at a time."""
+    perm, scale, offset = (None if t is None else t[part].clone() for t in (columns.perm, columns.scale, columns.offset))
+    scale, offset = (None if t is None else t.to(dtype) for t in (scale, offset))
+    return Columns(perm, scale, offset, part.start or 0)

@@ -176,7 +176,6 @@ class Kernel:
 
     def __init__(self, binary: bytes, name: str, device: torch.device, programmatic: bool) -> None:
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
-        self._binary = binary
         self._largest = STATIC_SHARED
         self._attribute = _Attribute(PROGRAMMATIC_SERIALIZATION, 0, 1)
         self._programmatic = programmatic

@@ -3,7 +3,8 @@
 // pair has one unit of W's rows and one set; only where the sets are the same is the sum one that we want. With one row of x
 // that makes every lane's work its own: 8 sets, one unit. With 8 rows, one set and 8 units.
 //   BATCH   1, 2, 4 or 8 rows of x in a product; TILES: products side by side, for up to BATCH · TILES rows
-//   THREADS of a block; FLOAT_X, FLOAT_Y: type of x and y, else the weights' own
+//   THREADS of a block; STAGES_BYTES of shared memory for words on their way
+//   FLOAT_X, FLOAT_Y: type of x and y, else the weights' own
 //   PREPARED 1: x is ready, 16 bits, by slices; 0 (BATCH 1): every block makes it ready for itself
 
 constexpr int WARPS = THREADS / 32;
@@ -25,20 +26,34 @@ constexpr int ALL_PAIRS = BATCH == 1 ? (PAIRS + 3) / 4 * 4 : PAIRS;
 constexpr int PART_PAIRS = max_of(1, min_of(ALL_PAIRS, PART_FLOATS / PAIR_FLOATS));
 constexpr int PART_TURNS = PART_PAIRS < ALL_PAIRS ? 1 : max_of(1, min_of(8, PART_FLOATS / (PAIR_FLOATS * ALL_PAIRS)));
 
-#if FLOAT_X
-typedef float XType;
-DEVICE float x_float(float v) { return v; }
-#else
-typedef u16 XType;
-DEVICE float x_float(u16 v) { return to_float(v); }
+constexpr int X_TYPE = FLOAT_X ? FLOAT : BF16, Y_TYPE = FLOAT_Y ? FLOAT : BF16;
+typedef Numbers<X_TYPE>::Type XType;
+typedef Numbers<Y_TYPE>::Type YType;
+
+// A lane's words are copied to its own places in shared memory, so that many are on their way at once and no thread waits for
+// another. Word i of a thread lies at i · THREADS + its number, by 16 bytes where WIDE.
+constexpr int READ_BYTES = 4 * READ_WORDS;
+constexpr int STAGE_BYTES = LANE_WORDS * 4 * THREADS;
+constexpr int STAGES = max_of(2, min_of(8, STAGES_BYTES / STAGE_BYTES));
+
+DEVICE void begin_words(const Matrix& m, int place, int unit, u32 stage) {
+  visit_words(m, place, unit, [&](int number, int at, bool there) {
+    const u32 to = stage + READ_BYTES * number * THREADS;
+    if constexpr (WIDE) copy_16(to, m.words + at, there);
+    else copy_4(to, m.words + at, there);
+  });
+}
+
+DEVICE void take_words(const char* stage, int shift, u32 (&q)[LANE_WORDS]) {
+#pragma unroll
+  for (int i = 0; i < LANE_READS; i++) {
+    if constexpr (WIDE) spread(((const u32x4*)stage)[i * THREADS], q + 4 * i);
+    else q[i] = ((const u32*)stage)[i * THREADS];
+  }
+#if !STEP_BITS
+  if constexpr (!WHOLE_WORDS) align_words(q, shift);
 #endif
-#if FLOAT_Y
-typedef float YType;
-DEVICE float y_type(float v) { return v; }
-#else
-typedef u16 YType;
-DEVICE u16 y_type(float v) { return from_float(v); }
-#endif
+}
 
 // One matrix and what is done with it.
 struct Product {
@@ -112,7 +127,7 @@ DEVICE void read_constants(const Product& p, const Slices& cut, int chunk, Eight
 
 DEVICE void read_values(const Product& p, const XType* x, Eight& e) {
 #pragma unroll
-  for (int j = 0; j < 8; j++) e.value[j] = j < e.count ? x_float(x[p.perm ? e.perm[j] : p.x_first + e.stored + j]) : 0.f;
+  for (int j = 0; j < 8; j++) e.value[j] = j < e.count ? read<X_TYPE>(x[p.perm ? e.perm[j] : p.x_first + e.stored + j]) : 0.f;
 }
 
 // Those columns of x in stored order, scaled, 16 bits; the answer is their share of Σ x offset.
@@ -218,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
 
   // Words are copied STAGES - 1 steps ahead of those that are worked on, through the same turns and steps.
   const int turn_jump = turn_units * UNIT_WORDS_OR_1 * p.m.row_words;
-  const u32 to = shared_address(stages) + (WIDE ? 16 : 4) * threadIdx.x;
+  const u32 to = shared_address(stages) + READ_BYTES * threadIdx.x;
   int ahead_slice = my_across, ahead_steps = cut.steps, ahead_unit = first_unit;
   auto place_in_unit = [&](int slice) {
     const int group = GROUPED ? slice / cut.of_group : 0, column = (slice - group * cut.of_group) * SLICE + lane_column;
@@ -270,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
       if constexpr (LANE_COLUMNS == 8) {
         u32x4 v = {0, 0, 0, 0};
         if (!PREPARED || x_row[tile]) v = *(const u32x4*)(x_row[tile] + column);
-        x[tile][0] = v.x; x[tile][1] = v.y; x[tile][2] = v.z; x[tile][3] = v.w;
+        spread(v, x[tile]);
       } else {
         u64 v = 0;
         if (!PREPARED || x_row[tile]) v = *(const u64*)(x_row[tile] + column);
@@ -290,7 +305,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
       u32 q[LANE_WORDS], x[TILES][LANE_COLUMNS / 2];
       load_x(slice * SLICE + lane_column, x);
       await_copies<STAGES - 2>();
-      take_words(stages + stage + (WIDE ? 16 : 4) * threadIdx.x, SHIFT_OF(slice), q);
+      take_words(stages + stage + READ_BYTES * threadIdx.x, SHIFT_OF(slice), q);
       begin(free_stage);
       free_stage = stage;
       stage = stage == (STAGES - 1) * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
@@ -347,12 +362,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
         const i64 place = i64(row_x) * p.m.out_features + out;
         if (p.added) sum += p.added[place];
         if (p.row_scale) sum *= p.row_scale[out * p.scale_step];
-#if FLOAT_Y
-        if (p.bias) sum += p.bias[out];
-#else
-        if (p.bias) sum += to_float(p.bias[out]);
-#endif
-        p.y[place] = y_type(sum);
+        if (p.bias) sum += read<Y_TYPE>(p.bias[out]);
+        p.y[place] = written<Y_TYPE>(sum);
       }
       __syncthreads();
     }

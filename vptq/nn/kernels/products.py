@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vptq.nn.kernels.nvrtc import Kernel, get_kernel, limits_of
 from vptq.nn.kernels.packed import COPIED_TABLES, KernelMatrix, MatrixStruct, lane_words
+from vptq.nn.vectors import MOST_ROWS
 
-MOST_ROWS = 16  # of x that one launch takes
-MOST_MATRICES = 4  # and of matrices
+MOST_MATRICES = 4  # that one launch takes
 MOST_SUMS = 64  # that a thread keeps
 MOST_THREADS = 512
 WIDEST_OF_HALF = 4096  # columns that half as many threads make ready in one go
@@ -271,4 +271,4 @@ def _scale_step(row_scale: Tensor | None) -> int:
 
 
 def _kernel(name: str, defines: dict[str, int], device: torch.device, source: str = "product.cu") -> Kernel:
-    return get_kernel(("ptx.cuh", "decode.cuh", source), name, tuple(sorted(defines.items())), device)
+    return get_kernel(("ptx.cuh", "numbers.cuh", "decode.cuh", source), name, tuple(sorted(defines.items())), device)

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from vptq.geometry import WORD_BITS
 from vptq.nn.rings import RingMatrix
-from vptq.nn.vectors import VectorMatrix
+from vptq.nn.vectors import MOST_ROWS, VectorMatrix
 from vptq.quantize.kernels.launch import current_device, num_programs
 
-MOST_ROWS = 16  # of x that a product takes
 ROWS = 32  # of the matrix, in a tile
 COLUMNS = 64
 TYPES = (torch.float16, torch.bfloat16, torch.float32)

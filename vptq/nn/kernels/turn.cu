@@ -5,17 +5,6 @@
 //   IN, OUT  type of x and y: 0 float16, 1 bfloat16, 2 float
 //   BACK     1: signs after the mixing, and bias
 
-template <int TYPE> struct Numbers { typedef u16 Type; };
-template <> struct Numbers<2> { typedef float Type; };
-template <int TYPE> DEVICE float read(typename Numbers<TYPE>::Type v) {
-  if constexpr (TYPE == 2) return v;
-  else return widened<TYPE>(v);
-}
-template <int TYPE> DEVICE typename Numbers<TYPE>::Type written(float f) {
-  if constexpr (TYPE == 2) return f;
-  else return narrowed<TYPE>(f);
-}
-
 // Several x of one size, each turned by signs of its own. x, y: (rows, blocks · HEIGHT · RUN); bias: as a row of y, or null;
 // signs: (blocks, words of 32 signs down HEIGHT, RUN), a bit set for -1. small: (HEIGHT, HEIGHT), symmetric.
 constexpr int MOST_TURNS = 4;

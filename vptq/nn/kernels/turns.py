@@ -77,7 +77,9 @@ def _launch(
     defines = {"HEIGHT": height, "RUN": run, "IN": TYPES[xs[0].dtype], "OUT": TYPES[ys[0].dtype], "BACK": int(back)}
     whole = count >= MANY_ROWS
     name, grid = ("turn_rows", (count, first.blocks, len(xs))) if whole else ("turn", (height, first.blocks, count * len(xs)))
-    get_kernel(("ptx.cuh", "turn.cu"), name, tuple(sorted(defines.items())), device).launch(grid, run, 0, [struct])
+    get_kernel(("ptx.cuh", "numbers.cuh", "turn.cu"), name, tuple(sorted(defines.items())), device).launch(
+        grid, run, 0, [struct]
+    )
 
 
 @functools.lru_cache(maxsize=256)

@@ -5,39 +5,22 @@
 struct Weight {
   Matrix m;
   u16* out;
-  const u32 *scale, *offset;  // by stored column, 16 bits each, or null
+  const u16 *scale, *offset;  // by stored column, or null
   const float* row_scale;     // by row, one for all, or null
   int stride, scale_step;     // from one row of `out` to the next; 0: one row_scale
 };
 
 DEVICE void read_words(const Matrix& m, int place, int unit, int shift, u32 (&q)[LANE_WORDS]) {
-#if STEP_BITS
-  const int ring_units = m.ring_words / UNIT_WORDS;
-  const int before = unit % ring_units ? -m.row_words : (m.ring_words - 1) * m.row_words;
-#pragma unroll
-  for (int i = 0; i <= UNIT_WORDS; i++) {
-    const int at = place + (i ? (i - 1) * m.row_words : before);
-#if WIDE
-    u32x4 v = {0, 0, 0, 0};
-    if (at <= m.last_words) v = *(const u32x4*)(m.words + at);
-    q[4 * i] = v.x; q[4 * i + 1] = v.y; q[4 * i + 2] = v.z; q[4 * i + 3] = v.w;
-#else
-#pragma unroll
-    for (int c = 0; c < 4; c++) q[4 * i + c] = at + c <= m.last_words ? m.words[at + c] : 0;
-#endif
-  }
-#else
-#if WIDE
-#pragma unroll
-  for (int i = 0; i < LANE_WORDS; i += 4) {
-    u32x4 v = {0, 0, 0, 0};
-    if (place <= m.last_words) v = *(const u32x4*)(m.words + place + i);
-    q[i] = v.x; q[i + 1] = v.y; q[i + 2] = v.z; q[i + 3] = v.w;
-  }
-#else
-#pragma unroll
-  for (int i = 0; i < LANE_WORDS; i++) q[i] = place + (EVEN ? 0 : i) <= m.last_words ? m.words[place + i] : 0;
-#endif
+  visit_words(m, place, unit, [&](int number, int at, bool there) {
+    if constexpr (WIDE) {
+      u32x4 v = {0, 0, 0, 0};
+      if (there) v = *(const u32x4*)(m.words + at);
+      spread(v, q + 4 * number);
+    } else {
+      q[number] = there ? m.words[at] : 0;
+    }
+  });
+#if !STEP_BITS
   if constexpr (!WHOLE_WORDS) align_words(q, shift);
 #endif
 }
@@ -101,8 +84,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) weight(const __grid_consta
     u32 scale[COLUMN_PAIRS], offset[COLUMN_PAIRS];
 #pragma unroll
     for (int p = 0; p < COLUMN_PAIRS; p++) {
-      scale[p] = w.scale ? pair_at((const u16*)w.scale, first + 2 * p, count - 2 * p) : ONES;
-      offset[p] = w.offset ? pair_at((const u16*)w.offset, first + 2 * p, count - 2 * p) : 0;
+      scale[p] = w.scale ? pair_at(w.scale, first + 2 * p, count - 2 * p) : ONES;
+      offset[p] = w.offset ? pair_at(w.offset, first + 2 * p, count - 2 * p) : 0;
     }
 #endif
 #pragma unroll
