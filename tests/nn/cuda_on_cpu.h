@@ -85,6 +85,13 @@ static u32 __byte_perm(u32 a, u32 b, u32 how) {
 static int min(int a, int b) { return a < b ? a : b; }
 static int max(int a, int b) { return a > b ? a : b; }
 
+static i64 min(i64 a, i64 b) { return a < b ? a : b; }
+static float rsqrtf(float v) { return 1 / sqrtf(v); }
+static float exponential(float v) { return expf(v); }
+static float read_fresh(const float* p) { return *p; }
+static void __threadfence() {}
+static u32 atomicAdd(u32* p, u32 n) { const u32 old = *p; *p += n; return old; }
+
 DEVICE void wait_for_inputs() {}
 DEVICE void let_next_begin() {}
 

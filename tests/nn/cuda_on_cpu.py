@@ -14,6 +14,7 @@ from vptq.nn.kernels.nvrtc import read_source
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 ARGUMENT = {
     "product": "Products", "prepare": "Products", "weight": "Weight", "turn": "Turns", "turn_rows": "Turns",
+    "attend": "Attention",
 }  # fmt: skip
 
 

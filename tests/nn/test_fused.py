@@ -3,6 +3,8 @@
 Without one the same sources run on the CPU (cuda_on_cpu.h), for a few forms in the ordinary tests and for all in the slow ones.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -269,19 +271,68 @@ def test_turns_run_on_a_cpu(size, blocks, back, count, generator, emulated):
     check_turn(size, blocks, back, count, generator, torch.device("cpu"))
     rotations = [Rotation(size, seed, "in", blocks) for seed in range(5)]
     xs = [torch.randn(count, size, generator=generator) for _ in rotations]
-    for y, x, rotation in zip(turns.turns(xs, rotations, torch.float32, back, [None] * 5), xs, rotations, strict=True):
+    works = [turns.Turn(x, rotation) for x, rotation in zip(xs, rotations, strict=True)]
+    for y, x, rotation in zip(turns.turns(works, torch.float32, back), xs, rotations, strict=True):
         torch.testing.assert_close(y, rotation.undo(x) if back else rotation.apply(x), rtol=1e-4, atol=1e-4)
 
 
 def check_turn(size, blocks, back, count, generator, device):
-    turn = turns.turn
     rotation = Rotation(size, 5, "out", blocks)
     x = torch.randn(count, size, generator=generator).to(device)
     bias = torch.randn(size, generator=generator).to(device) if back else None
     right = rotation.undo(x.double()) + bias.double() if back else rotation.apply(x.double())
-    torch.testing.assert_close(turn(x, rotation, torch.float32, back, bias).double(), right, rtol=1e-5, atol=1e-5)
-    half = turn(x.half(), rotation, torch.float16, back, None if bias is None else bias.half())
-    torch.testing.assert_close(half.double(), right, rtol=2e-3, atol=4e-3)
+    (turned,) = turns.turns([turns.Turn(x, rotation, bias)], torch.float32, back)
+    torch.testing.assert_close(turned.double(), right, rtol=1e-5, atol=1e-5)
+    work = turns.Turn(x.half(), rotation, None if bias is None else bias.half())
+    torch.testing.assert_close(turns.turns([work], torch.float16, back)[0].double(), right, rtol=2e-3, atol=4e-3)
+
+
+def given_rows(size, dtype, generator):
+    """x, and what it becomes: itself, normed, gated; exactly."""
+    from vptq.nn.kernels.given import AS_IT_IS, gated, normed
+
+    x, beside = (torch.randn(1, size, generator=generator).to(dtype) for _ in range(2))
+    beside, wide = beside[0], x.double()
+    rows = wide / (wide.square().mean() + 0.1).sqrt() * beside.double()
+    yield x, AS_IT_IS, wide
+    yield 2 * x, normed(beside, 0.4), rows
+    yield x, gated(beside), torch.nn.functional.silu(wide) * beside.double()
+
+
+@pytest.mark.parametrize("setting", ["outliers of 4, v = 10", "rotated", "no scale, no order"])
+def test_activations_are_normed_and_gated_on_the_way(setting, generator, emulated):
+    check_given(setting, (352, 224), torch.device("cpu"), generator)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", ["outliers of 4, v = 10", "rotated", "no scale, no order", "trellis 2", "v6k4096"])
+@pytest.mark.parametrize("shape", [(384, 512), (512, 14336)], ids=str)
+def test_activations_are_normed_and_gated_on_a_gpu(setting, shape, generator):
+    check_given(setting, shape, torch.device("cuda", 0), generator)
+
+
+def check_given(setting, shape, device, generator):
+    dtype = torch.bfloat16
+    module = random_module(setting, shape, dtype, device, generator, bias=True)
+    fused = fused_linear(module.stored_tensors(), module.layer_config, dtype)
+    weight = dequantize_packed(module.stored_tensors(), module.layer_config, torch.float32).double()
+    residual = torch.randn(1, shape[0], generator=generator).to(device, dtype)
+    for x, given, rows in given_rows(shape[1], dtype, generator):
+        given = replace(given, beside=None if given.beside is None else given.beside.to(device))
+        rows = rows.to(device)
+        right = rows @ weight.T + module.bias.double() + residual.double()
+        torchs = relative(torch.nn.functional.linear(rows.to(dtype), weight.to(dtype), module.bias) + residual, right)
+        (y,) = few_rows(x.to(device), [fused], [module.bias], given, residual)
+        assert relative(y, right) <= 2 * torchs, given.kind
+
+
+@pytest.mark.parametrize("size, blocks", [(832, 2), (576, 1)])
+def test_a_turn_norms_and_gates_what_it_reads(size, blocks, generator, emulated):
+    rotation = Rotation(size, 5, "in", blocks)
+    for x, given, rows in given_rows(size, torch.float16, generator):
+        torch.testing.assert_close(
+            turns.turn(x, rotation, torch.float32, given).double(), rotation.apply(rows), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("size, blocks", [(64, 1), (96, 1), (576, 1), (11008, 1), (14336, 1), (832, 2)])

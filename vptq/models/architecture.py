@@ -16,6 +16,8 @@ from vptq.models.shapes import LinearShape, ModelShapes
 from vptq.models.stream import FLOAT_TYPES, FolderSource
 
 DEMO = Path(__file__).parent / "demo"
+# model_type of those that write and read the residual stream as Llama does, with linears of the same names, and nowhere else
+LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)

@@ -221,9 +221,15 @@ class VQuantLinear(nn.Module):
         The first call of the module does it as well. Before torch.compile or torch.export it has to have been done. The order
         of the columns is folded into the indices on the way, where it can be: `perm` then changes nothing any more.
         """
+        return self.fused_form(dtype) is not None
+
+    def fused_form(self, dtype: torch.dtype) -> FusedLinear | None:
+        """What the GPU's kernels multiply with, kept until a tensor changes; None where they have no form for this linear."""
         tensors = self._tensors()
-        present = all(tensor.is_cuda for tensor in tensors.values())
-        return present and dtype in KERNEL_TYPES and self._fused_form(tensors, dtype)[0] is not None
+        usable = dtype in KERNEL_TYPES and not self.cache_weight and not _learns(tensors)
+        if not usable or not all(tensor.is_cuda for tensor in tensors.values()):
+            return None
+        return self._fused_form(tensors, dtype)[0]
 
     def _fused_form(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[FusedLinear | None, Any]:
         def make() -> tuple[FusedLinear | None, Any]:
@@ -305,10 +311,8 @@ def _multiply_all(linears: Sequence[VQuantLinear], x: Tensor) -> list[Tensor] | 
     """Products of a few rows with linears that the kernels take in one launch; None where they don't."""
     forms: list[FusedLinear] = []
     for linear in linears[:MOST_MATRICES]:
-        tensors = linear._tensors()
-        there = not linear.cache_weight and not _learns(tensors) and all(t.device == x.device for t in tensors.values())
-        form = linear._fused_form(tensors, x.dtype)[0] if there else None
-        if form is None or not go_together(form, forms[0] if forms else form):
+        form = linear.fused_form(x.dtype)
+        if form is None or form.main.words.device != x.device or not go_together(form, forms[0] if forms else form):
             return None
         forms.append(form)
     if len(forms) < len(linears):

@@ -5,14 +5,22 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vptq.backend import choice
+from vptq.models.architecture import LLAMA_FAMILY
+from vptq.nn.decoder_block import FusedBlock, fused_block
+from vptq.nn.kernels.nvrtc import kernels_run
+
 COLDEST = 1e-4  # a temperature below is the likeliest token
 WARM_STEPS = 2  # before a step is captured: kernels are compiled and memory is found
 ROUND_TO = 256  # tokens of the cache, so that answers of about one length use one graph
+TRIAL_TOKENS = 4  # that fused blocks and the model's own have to agree on
+MOST_DIFFERENCE = 0.1  # of their logits, over the spread of those; rounding makes it a few hundredths
 
 
 def choose(logits: Tensor, temperature: float = 0.0, top_p: float = 1.0) -> Tensor:
@@ -37,13 +45,14 @@ class StaticDecoder:
         model: of transformers, whole on one device. length: most tokens, prompt and answer together.
         temperature, top_p: see `choose`. compiled: whether the step goes through torch.compile (a minute, then faster).
         graph: whether the step is captured; None for wherever there is a GPU.
+        fused: whether blocks that the kernels know are replaced by theirs in the step, see nn/decoder_block.py.
     Raises:
         ValueError: a model whose cache can't be of fixed size, or whose step can't be captured.
     """
 
     def __init__(
         self, model: Any, length: int, temperature: float = 0.0, top_p: float = 1.0, *,
-        compiled: bool = False, graph: bool | None = None,
+        compiled: bool = False, graph: bool | None = None, fused: bool = True,
     ) -> None:  # fmt: skip
         from transformers import StaticCache
 
@@ -57,13 +66,17 @@ class StaticDecoder:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self._call = torch.compile(model, dynamic=False) if compiled else model
         self._graph: torch.cuda.CUDAGraph | None = None
+        self.blocks: Sequence[FusedBlock] = []
         known = inspect.signature(model.forward).parameters
         if "past_key_values" not in known or getattr(model, "_is_stateful", False):
             raise ValueError("it keeps no keys and values")
         self._takes_position = "cache_position" in known
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         if device.type == "cuda" if graph is None else graph:
-            with self._on_device():
+            with self._on_device(), torch.no_grad():
+                self._logits(self.model, self.token, self.position)  # so that the cache has its memory
+                if fused and not compiled:
+                    self.blocks = self._agreeing_blocks()
                 self._capture()
 
     def fits(self, length: int, temperature: float, top_p: float) -> bool:
@@ -103,7 +116,8 @@ class StaticDecoder:
         return answer.logits[:, -1]
 
     def _step(self) -> None:
-        logits = self._logits(self._call, self.token, self.position)
+        with _in_place(self.model, self.blocks):
+            logits = self._logits(self._call, self.token, self.position)
         self.token.copy_(choose(logits, self.temperature, self.top_p))
         self.position.add_(1)
 
@@ -111,9 +125,44 @@ class StaticDecoder:
         self.cache.reset()
         self.position.zero_()
 
+    def _agreeing_blocks(self) -> Sequence[FusedBlock]:
+        """Fused blocks for all of the model, when they compute what it computes; else none."""
+        blocks = self._fused_blocks()
+        if not blocks:
+            return []
+        tokens = torch.arange(1, TRIAL_TOKENS + 1, device=self.token.device) % self.model.config.vocab_size
+        right, found = self._trial(tokens, []), self._trial(tokens, blocks)
+        spread = (right - right.mean(-1, keepdim=True)).norm()
+        return blocks if bool((found - right).norm() <= MOST_DIFFERENCE * spread) else []
+
+    def _trial(self, tokens: Tensor, blocks: Sequence[FusedBlock]) -> Tensor:
+        """Logits of a text, token by token: (tokens, vocabulary) float32."""
+        self._reset()
+        found = []
+        for token in tokens:
+            with _in_place(self.model, blocks):
+                found.append(self._logits(self.model, token.view(1, 1), self.position).float())
+            self.position.add_(1)
+        return torch.cat(found)
+
+    def _fused_blocks(self) -> Sequence[FusedBlock]:
+        layers, config, device = _layers_of(self.model), self.model.config, self.token.device
+        known = config.model_type in LLAMA_FAMILY and getattr(config, "hidden_act", None) == "silu"
+        if not known or not layers or choice() == "torch" or not kernels_run(device):
+            return []
+        kept: list[Any] = list(self.cache.layers)
+        caches = [(one.keys, one.values) for one in kept]
+        arrived = torch.zeros(max(keys.shape[1] for keys, _ in caches), dtype=torch.int32, device=device)
+        blocks = []
+        for layer, cache in zip(layers, caches, strict=True):
+            block = fused_block(layer, cache, self.position, arrived)
+            if block is None:
+                return []
+            blocks.append(block)
+        return blocks
+
     @torch.no_grad()
     def _capture(self) -> None:
-        self._logits(self.model, self.token, self.position)  # so that the cache has its memory
         self._reset()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -128,6 +177,23 @@ class StaticDecoder:
         except RuntimeError as error:
             raise ValueError(f"its step can't be captured: {str(error).splitlines()[0]}") from error
         self._graph = graph
+
+
+def _layers_of(model: Any) -> Sequence[Any]:
+    return list(getattr(getattr(model, "model", None), "layers", []))
+
+
+@contextlib.contextmanager
+def _in_place(model: Any, blocks: Sequence[FusedBlock]) -> Iterator[None]:
+    """The model's blocks replaced by `blocks`, one for each, or not at all."""
+    layers = _layers_of(model)[: len(blocks)]
+    for layer, block in zip(layers, blocks, strict=True):
+        layer.forward = block
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def make_decoder(model: Any, length: int, temperature: float, top_p: float, compiled: bool = False) -> StaticDecoder | None:

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from vptq.config import LinearConfig, QuantConfig
 from vptq.errors import UsageError
-from vptq.models.architecture import Skeleton, tied_names
+from vptq.models.architecture import LLAMA_FAMILY, Skeleton, tied_names
 from vptq.models.prefetch import PrefetchingFolder
 from vptq.quantize.rotation import Rotation
 from vptq.recipe import RotationSides
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # that write and read the residual stream as named below, and nowhere else
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
@@ -112,8 +111,8 @@ def choose_fold(config: QuantConfig, skeleton: Skeleton) -> Fold | None:
 def make_fold(skeleton: Skeleton, seed: int) -> Fold | str:
     """The fold of a model, or why there is none."""
     config = skeleton.model.config
-    if config.model_type not in MODEL_TYPES:
-        return f"models of type {config.model_type} are not folded, only {', '.join(MODEL_TYPES)}"
+    if config.model_type not in LLAMA_FAMILY:
+        return f"models of type {config.model_type} are not folded, only {', '.join(LLAMA_FAMILY)}"
     if getattr(config, "tie_word_embeddings", False) or tied_names(skeleton.model):
         return "head and embeddings are tied"
     base = skeleton.blocks_name.rpartition(".")[0]

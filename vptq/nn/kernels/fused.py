@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vptq.layer_config import LayerConfig
+from vptq.nn.kernels.given import AS_IT_IS, Given
 from vptq.nn.kernels.packed import KernelMatrix, kernel_matrix, make_tables, takes, with_fewer_copies
 from vptq.nn.kernels.products import Columns, Factor, Rows, fits, product, products, weight
-from vptq.nn.kernels.turns import cut_turn, turn, turns
+from vptq.nn.kernels.turns import Turn, cut_turn, turn, turn_back, turns
 from vptq.nn.operands import main_matrix, outlier_matrix, row_scales
 from vptq.nn.reference import rotation_of
 from vptq.nn.rings import RingMatrix
@@ -62,7 +63,7 @@ class FusedLinear:
         if self.order is not None:
             x = x.index_select(1, self.order)
         found = torch.nn.functional.linear(x, self.weight(), bias if rotation.down is None else None)
-        return found if rotation.down is None else turn(found, rotation.down, self.dtype, back=True, bias=bias)
+        return found if rotation.down is None else turn_back(Turn(found, rotation.down, bias), self.dtype)
 
     def weight(self) -> Tensor:
         """The weight as it is stored, rotated or not, in full: (out_features, in_features) of type `dtype`, stored order."""
@@ -77,38 +78,50 @@ class FusedLinear:
         return found
 
 
-def few_rows(x: Tensor, linears: Sequence[FusedLinear], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    """One x, (n, in_features), n from 1 to MOST_ROWS, with several linears that `go_together`: (n, out_features) for each."""
+def few_rows(
+    x: Tensor, linears: Sequence[FusedLinear], biases: Sequence[Tensor | None],
+    given: Given = AS_IT_IS, residual: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """One x, (n, in_features), n from 1 to MOST_ROWS, with several linears that `go_together`: (n, out_features) for each.
+
+    Args:
+        given: what x goes through first; anything but AS_IT_IS only for one row. residual: added to each product, as those.
+    """
     first = linears[0]
     rotation = rotation_of(first.config)
     if rotation.across is not None:
-        x = turn(x.contiguous(), rotation.across, torch.float32)
+        x, given = turn(x.contiguous(), rotation.across, torch.float32, given), AS_IT_IS
     down = [rotation_of(linear.config).down for linear in linears]
     out = first.dtype if down[0] is None else torch.float32
     factors = []
     for linear, bias, turned in zip(linears, biases, down, strict=True):
         added = None
         if linear.outliers is not None:
-            added = product(x, Factor(linear.outliers, linear.outlier_columns), torch.float32)
-        rows = Rows(added, linear.row_scale, bias if turned is None else None)
-        factors.append(Factor(linear.main, linear.main_columns, rows))
-    return _turn_back(products(x, factors, out), down, first.dtype, biases)
+            added = product(x, Factor(linear.outliers, linear.outlier_columns), torch.float32, given)
+        last = (bias, residual) if turned is None else (None, None)
+        factors.append(Factor(linear.main, linear.main_columns, Rows(added, linear.row_scale, *last)))
+    found = products(x, factors, out, given)
+    return [
+        y if work is None else work
+        for y, work in zip(found, _turned_back(found, down, first.dtype, biases, residual), strict=True)
+    ]
 
 
-def _turn_back(
-    found: list[Tensor], rotations: Sequence[Rotation | None], dtype: torch.dtype, biases: Sequence[Tensor | None]
-) -> list[Tensor]:
-    """Rᵀ y + bias of each, those of one size in one launch; y itself, with its bias in it, where nothing is rotated."""
+def _turned_back(
+    found: Sequence[Tensor], rotations: Sequence[Rotation | None], dtype: torch.dtype, biases: Sequence[Tensor | None],
+    residual: Tensor | None,
+) -> list[Tensor | None]:  # fmt: skip
+    """Rᵀ y + bias + residual of each, those of one size in one launch; None where nothing is rotated."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, rotation in enumerate(rotations):
         if rotation is not None:
             groups.setdefault((rotation.size, rotation.blocks), []).append(i)
+    turned: list[Tensor | None] = [None] * len(found)
     for members in groups.values():
-        own = [rotation for i in members if (rotation := rotations[i]) is not None]
-        turned = turns([found[i] for i in members], own, dtype, True, [biases[i] for i in members])
-        for i, y in zip(members, turned, strict=True):
-            found[i] = y
-    return found
+        works = [Turn(found[i], rotation, biases[i], residual) for i in members if (rotation := rotations[i]) is not None]
+        for i, y in zip(members, turns(works, dtype, True), strict=True):
+            turned[i] = y
+    return turned
 
 
 def go_together(a: FusedLinear, b: FusedLinear) -> bool:

@@ -201,6 +201,11 @@ class Kernel:
         _driver_checked(code)
 
 
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """Where the first number of a tensor (of any shape) is, for a kernel's argument; null for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 @functools.cache
 def kernels_run(device: torch.device) -> bool:
     """Whether CUDA sources can be compiled for a GPU and run there; tried once, and said once where not."""

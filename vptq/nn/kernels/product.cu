@@ -5,6 +5,7 @@
 //   BATCH   1, 2, 4 or 8 rows of x in a product; TILES: products side by side, for up to BATCH · TILES rows
 //   THREADS of a block; STAGES_BYTES of shared memory for words on their way
 //   FLOAT_X, FLOAT_Y: type of x and y, else the weights' own
+//   GIVEN   what x is, see numbers.cuh; PLAIN where PREPARED
 //   PREPARED 1: x is ready, 16 bits, by slices; 0 (BATCH 1): every block makes it ready for itself
 
 constexpr int WARPS = THREADS / 32;
@@ -59,15 +60,18 @@ DEVICE void take_words(const char* stage, int shift, u32 (&q)[LANE_WORDS]) {
 struct Product {
   Matrix m;
   const XType* x;         // (rows, x_stride); PREPARED: what `prepare` reads
+  const XType* beside;    // NORMED: weights of the norm, GATED: what the gate is multiplied with; as x
   const u16* perm;        // column of x for each stored one; null: x_first on
   const u16 *scale, *offset;  // by stored column, or null
   const float* added;     // (rows, out_features) added to the sums, or null
   const float* row_scale; // by row of W, one for all, or null
-  const YType* bias;
+  const YType *bias, *residual;  // residual: (rows, out_features), or null
   YType* y;               // (rows, out_features)
   u16* ready;             // PREPARED: (rows, columns of `Slices`)
   float* sums;            // PREPARED: Σ x offset of each row, or null
-  int rows, x_stride, x_first, scale_step, warp_columns;  // scale_step 0: one row_scale; warp_columns: warps along the columns
+  float epsilon;          // NORMED: added to the mean of x²
+  int rows, in_features, x_stride, x_first;
+  int scale_step, warp_columns;  // scale_step 0: one row_scale; warp_columns: warps along the columns
 };
 
 // Matrices that are multiplied with one x in one launch; blocks from first[i] to first[i + 1] work on the i-th.
@@ -98,6 +102,7 @@ struct Slices {
 // Eight stored columns, and what they ask of x: constants, so they are read before x is there.
 struct Eight {
   u16 perm[8], scale[8], offset[8];
+  float norm[8];
   float value[8];
   int stored, count;  // the first column, and how many there are
 };
@@ -116,6 +121,8 @@ DEVICE void read_eight(const u16* p, int at, int count, u16 (&v)[8]) {
   for (int j = 0; j < 8; j++) v[j] = j < count ? p[at + j] : 0;
 }
 
+DEVICE int column_of(const Product& p, const Eight& e, int j) { return p.perm ? e.perm[j] : p.x_first + e.stored + j; }
+
 DEVICE void read_constants(const Product& p, const Slices& cut, int chunk, Eight& e) {
   const int of_group = cut.of_group * (SLICE / 8), group = GROUPED ? chunk / of_group : 0, i = (chunk - group * of_group) * 8;
   e.stored = group * p.m.group_size + i;
@@ -123,16 +130,27 @@ DEVICE void read_constants(const Product& p, const Slices& cut, int chunk, Eight
   if (p.perm) read_eight(p.perm, e.stored, e.count, e.perm);
   if (p.scale) read_eight(p.scale, e.stored, e.count, e.scale);
   if (p.offset) read_eight(p.offset, e.stored, e.count, e.offset);
+#if GIVEN == 1
+#pragma unroll
+  for (int j = 0; j < 8; j++) e.norm[j] = j < e.count ? read<X_TYPE>(p.beside[column_of(p, e, j)]) : 0.f;
+#endif
 }
 
 DEVICE void read_values(const Product& p, const XType* x, Eight& e) {
 #pragma unroll
-  for (int j = 0; j < 8; j++) e.value[j] = j < e.count ? read<X_TYPE>(x[p.perm ? e.perm[j] : p.x_first + e.stored + j]) : 0.f;
+  for (int j = 0; j < 8; j++) {
+    const int column = column_of(p, e, j);
+    e.value[j] = j < e.count ? read<X_TYPE>(x[column]) : 0.f;
+    if (GIVEN == GATED && j < e.count) e.value[j] = gated(e.value[j], read<X_TYPE>(p.beside[column]));
+  }
 }
 
-// Those columns of x in stored order, scaled, 16 bits; the answer is their share of Σ x offset.
-DEVICE float write_ready(const Product& p, Eight& e, u16* to) {
+// Those columns of x, times `factor`, in stored order, scaled, 16 bits; the answer is their share of Σ x offset.
+DEVICE float write_ready(const Product& p, Eight& e, float factor, u16* to) {
   float sum = 0;
+  if (GIVEN == NORMED)
+#pragma unroll
+    for (int j = 0; j < 8; j++) e.value[j] *= factor * e.norm[j];
 #pragma unroll
   for (int j = 0; j < 8; j++)
     if (p.offset) sum += j < e.count ? e.value[j] * to_float(e.offset[j]) : 0.f;
@@ -153,29 +171,45 @@ DEVICE void read_constants(const Product& p, const Slices& cut, int first, Chunk
   for (int i = 0; i < AT_ONCE; i++) read_constants(p, cut, first + i * THREADS, c.e[i]);
 }
 
-// One row of x, all of its columns. c: the constants of this thread's first ones.
-DEVICE float make_ready(const Product& p, const Slices& cut, const XType* x, Chunks& c, u16* to) {
+DEVICE void read_values(const Product& p, const XType* x, Chunks& c) {
+#pragma unroll
+  for (int i = 0; i < AT_ONCE; i++) read_values(p, x, c.e[i]);
+}
+
+// One row of x, all of its columns. c: this thread's first ones, read.
+DEVICE float make_ready(const Product& p, const Slices& cut, const XType* x, Chunks& c, float factor, u16* to) {
   float sum = 0;
   const int chunks = cut.columns() / 8;
   for (int first = threadIdx.x; first < chunks; first += AT_ONCE * THREADS) {
-    if (first >= AT_ONCE * THREADS) read_constants(p, cut, first, c);
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) read_values(p, x, c.e[i]);
+    if (first >= AT_ONCE * THREADS) {
+      read_constants(p, cut, first, c);
+      read_values(p, x, c);
+    }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++)
-      if (first + i * THREADS < chunks) sum += write_ready(p, c.e[i], to + 8 * (first + i * THREADS));
+      if (first + i * THREADS < chunks) sum += write_ready(p, c.e[i], factor, to + 8 * (first + i * THREADS));
   }
   return sum;
 }
 
 DEVICE float sum_of_block(float value, float* parts) {
-#pragma unroll
-  for (int s = 16; s; s >>= 1) value += __shfl_xor_sync(~0u, value, s);
+  value = sum_of_warp(value);
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
   __syncthreads();
   float sum = 0;
   for (int i = 0; i < WARPS; i++) sum += parts[i];
   return sum;
+}
+
+// One over the root mean square of a row of x, all of its numbers (outliers are columns of their own).
+DEVICE float norm_factor(const Product& p, const XType* x, float* parts) {
+  float sum = 0;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < p.in_features; i += THREADS) {
+    const float v = read<X_TYPE>(x[i]);
+    sum += v * v;
+  }
+  return rsqrtf(sum_of_block(sum, parts) / p.in_features + p.epsilon);
 }
 
 // Sums over the sets of a warp: lanes that hold the sums of the same outputs each keep some of them, the first ones the first set.
@@ -264,7 +298,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
   Chunks chunks;
   read_constants(p, cut, threadIdx.x, chunks);
   wait_for_inputs();
-  offset = make_ready(p, cut, p.x, chunks, ready);
+  read_values(p, p.x, chunks);
+  offset = make_ready(p, cut, p.x, chunks, GIVEN == NORMED ? norm_factor(p, p.x, parts + WARPS) : 1.f, ready);
   if (p.offset) offset = sum_of_block(offset, parts);
   const u16* x_row[1] = {ready};
 #else
@@ -363,6 +398,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
         if (p.added) sum += p.added[place];
         if (p.row_scale) sum *= p.row_scale[out * p.scale_step];
         if (p.bias) sum += read<Y_TYPE>(p.bias[out]);
+        if (p.residual) sum += read<Y_TYPE>(p.residual[place]);
         p.y[place] = written<Y_TYPE>(sum);
       }
       __syncthreads();
@@ -381,7 +417,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(const __grid_const
   read_constants(p, cut, threadIdx.x, chunks);
   wait_for_inputs();
   const i64 row = blockIdx.x;
-  const float sum = make_ready(p, cut, p.x + row * p.x_stride, chunks, p.ready + row * cut.columns());
+  const XType* x = p.x + row * p.x_stride;
+  read_values(p, x, chunks);
+  const float sum = make_ready(p, cut, x, chunks, 1.f, p.ready + row * cut.columns());
   const float whole = sum_of_block(sum, parts);
   if (p.sums && !threadIdx.x) p.sums[row] = whole;
 }

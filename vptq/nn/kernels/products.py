@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vptq.nn.kernels.nvrtc import Kernel, get_kernel, limits_of
+from vptq.nn.kernels.given import AS_IT_IS, Given
+from vptq.nn.kernels.nvrtc import Kernel, get_kernel, limits_of, pointer
 from vptq.nn.kernels.packed import COPIED_TABLES, KernelMatrix, MatrixStruct, lane_words
 from vptq.nn.vectors import MOST_ROWS
 
@@ -29,9 +30,10 @@ class _ProductStruct(ctypes.Structure):
     """`Product` of product.cu."""
 
     _fields_ = [
-        ("m", MatrixStruct), ("x", ctypes.c_void_p), ("perm", ctypes.c_void_p), ("scale", ctypes.c_void_p),
-        ("offset", ctypes.c_void_p), ("added", ctypes.c_void_p), ("row_scale", ctypes.c_void_p), ("bias", ctypes.c_void_p),
-        ("y", ctypes.c_void_p), ("ready", ctypes.c_void_p), ("sums", ctypes.c_void_p), ("rows", ctypes.c_int),
+        ("m", MatrixStruct), ("x", ctypes.c_void_p), ("beside", ctypes.c_void_p), ("perm", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p), ("offset", ctypes.c_void_p), ("added", ctypes.c_void_p), ("row_scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p), ("residual", ctypes.c_void_p), ("y", ctypes.c_void_p), ("ready", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p), ("epsilon", ctypes.c_float), ("rows", ctypes.c_int), ("in_features", ctypes.c_int),
         ("x_stride", ctypes.c_int), ("x_first", ctypes.c_int), ("scale_step", ctypes.c_int), ("warp_columns", ctypes.c_int),
     ]  # fmt: skip
 
@@ -68,15 +70,17 @@ class Columns:
 
 @dataclass(frozen=True)
 class Rows:
-    """What is done to the sums: (sum + added) · row_scale + bias.
+    """What is done to the sums: (sum + added) · row_scale + bias + residual.
 
     Attributes:
         added: (n, out_features) float32. row_scale: (1 or out_features,) float32. bias: (out_features,) in y's type.
+        residual: as y.
     """
 
     added: Tensor | None = None
     row_scale: Tensor | None = None
     bias: Tensor | None = None
+    residual: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -108,17 +112,18 @@ class Factor:
     rows: Rows = Rows()
 
 
-def product(x: Tensor, factor: Factor, out: torch.dtype) -> Tensor:
+def product(x: Tensor, factor: Factor, out: torch.dtype, given: Given = AS_IT_IS) -> Tensor:
     """(n, in_features) float -> (n, out_features) of type `out`, see `products`."""
-    return products(x, [factor], out)[0]
+    return products(x, [factor], out, given)[0]
 
 
-def products(x: Tensor, factors: Sequence[Factor], out: torch.dtype) -> list[Tensor]:
+def products(x: Tensor, factors: Sequence[Factor], out: torch.dtype, given: Given = AS_IT_IS) -> list[Tensor]:
     """x with several matrices of one form, in one launch: (n, in_features) float -> (n, out_features) of type `out` for each.
 
     Args:
         x: n from 1 to MOST_ROWS, of the codebooks' type or float32, neighbours in a row beside each other.
         factors: up to MOST_MATRICES, with equal `defines`. out: the codebooks' type or float32.
+        given: what x goes through before that; anything but AS_IT_IS only for one row of 16-bit numbers.
     """
     count, device = len(x), x.device
     limits = limits_of(device)
@@ -129,16 +134,17 @@ def products(x: Tensor, factors: Sequence[Factor], out: torch.dtype) -> list[Ten
     defines = factors[0].matrix.defines | {
         "BATCH": cut.batch, "TILES": cut.tiles, "THREADS": cut.threads, "STAGES_BYTES": cut.stages,
         "FLOAT_X": int(x.dtype == torch.float32), "FLOAT_Y": int(out == torch.float32), "PREPARED": int(cut.batch > 1),
+        "GIVEN": given.kind,
     }  # fmt: skip
     struct = _ProductsStruct(count=len(factors))
     kept = []  # until launched
     for number, (factor, own, y) in enumerate(zip(factors, cuts, found, strict=True)):
-        struct.p[number] = _struct_of(factor, own, x, y)
+        struct.p[number] = _struct_of(factor, own, x, y, given)
         struct.first[number + 1] = struct.first[number] + own.blocks
         if cut.batch > 1:
             ready = torch.empty(count, own.columns, dtype=torch.int16, device=device)
             sums = None if factor.columns.offset is None else torch.empty(count, dtype=torch.float32, device=device)
-            struct.p[number].ready, struct.p[number].sums = ready.data_ptr(), _pointer(sums)
+            struct.p[number].ready, struct.p[number].sums = ready.data_ptr(), pointer(sums)
             kept += [ready, sums]
     if cut.batch > 1:
         _kernel("prepare", defines, device).launch((count, len(factors), 1), cut.threads, 0, [struct])
@@ -147,13 +153,14 @@ def products(x: Tensor, factors: Sequence[Factor], out: torch.dtype) -> list[Ten
     return found
 
 
-def _struct_of(factor: Factor, cut: Cut, x: Tensor, y: Tensor) -> _ProductStruct:
+def _struct_of(factor: Factor, cut: Cut, x: Tensor, y: Tensor, given: Given) -> _ProductStruct:
     columns, rows = factor.columns, factor.rows
     return _ProductStruct(
         m=factor.matrix.struct, y=y.data_ptr(), rows=len(x), x_first=columns.first, warp_columns=cut.across,
-        perm=_pointer(columns.perm), scale=_pointer(columns.scale), offset=_pointer(columns.offset),
-        added=_pointer(rows.added), row_scale=_pointer(rows.row_scale), bias=_pointer(rows.bias),
-        scale_step=_scale_step(rows.row_scale), x=x.data_ptr(), x_stride=x.stride(0),
+        perm=pointer(columns.perm), scale=pointer(columns.scale), offset=pointer(columns.offset),
+        added=pointer(rows.added), row_scale=pointer(rows.row_scale), bias=pointer(rows.bias),
+        residual=pointer(rows.residual), scale_step=_scale_step(rows.row_scale), x=x.data_ptr(), x_stride=x.stride(0),
+        in_features=x.shape[1], beside=pointer(given.beside), epsilon=given.epsilon,
     )  # fmt: skip
 
 
@@ -170,7 +177,7 @@ def weight(matrix: KernelMatrix, scale: Tensor | None, offset: Tensor | None, ro
     scaled = any(tensor is not None for tensor in (scale, offset, row_scale))
     defines = d | {"THREADS": MOST_THREADS, "STAGES_BYTES": STAGES_BYTES, "SCALED": int(scaled), "VECTOR": int(vector)}
     struct = _WeightStruct(
-        m=matrix.struct, out=out.data_ptr(), scale=_pointer(scale), offset=_pointer(offset), row_scale=_pointer(row_scale),
+        m=matrix.struct, out=out.data_ptr(), scale=pointer(scale), offset=pointer(offset), row_scale=pointer(row_scale),
         stride=out.stride(0), scale_step=_scale_step(row_scale),
     )  # fmt: skip
     shared = matrix.table_bytes * d["COPIES"]
@@ -231,7 +238,7 @@ def _cut(matrix: KernelMatrix, batch: int, tiles: int, processors: int, threads:
     columns = -(-slices // across) * across * slice_columns
     stage = lane_words(d) * 4 * threads
     words = max(2, min(8, stages // stage)) * stage
-    shared = matrix.table_bytes * d["COPIES"] + words + (0 if batch > 1 else 2 * columns) + 4 * max(parts, warps)
+    shared = matrix.table_bytes * d["COPIES"] + words + (0 if batch > 1 else 2 * columns) + 4 * max(parts, 2 * warps)
     return Cut(batch, tiles, threads, stages, across, min(units, processors), shared, columns)
 
 
@@ -260,10 +267,6 @@ def _parts(pairs: int, warps: int, batch: int, tiles: int) -> tuple[int, int]:
     pair_floats = warps * 2 * batch * batch * tiles
     part_pairs = max(1, min(all_pairs, PART_FLOATS // pair_floats))
     return part_pairs, 1 if part_pairs < all_pairs else max(1, min(MOST_TURNS, PART_FLOATS // (pair_floats * all_pairs)))
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _scale_step(row_scale: Tensor | None) -> int:

@@ -44,6 +44,19 @@ template <int TYPE> DEVICE u32 fused_pair(u32 a, u32 b, u32 c) {
   return a;
 }
 
+DEVICE float exponential(float v) {
+  v *= 1.44269504f;
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(v));
+  return v;
+}
+
+// What other blocks wrote: not from this multiprocessor's own cache.
+DEVICE float read_fresh(const float* p) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+  return v;
+}
+
 // (value & mask) | other, in one instruction that the compiler does not take apart.
 DEVICE u32 and_or(u32 value, u32 mask, u32 other) {
   asm("lop3.b32 %0, %0, %1, %2, 0xEA;" : "+r"(value) : "r"(mask), "r"(other));

@@ -3,9 +3,11 @@
 // busy; for many, a block makes all of a row and reads it once.
 //   RUN      a power of two, 32 to 1024, and the threads of a block; HEIGHT: rows of `small`
 //   IN, OUT  type of x and y: 0 float16, 1 bfloat16, 2 float
-//   BACK     1: signs after the mixing, and bias
+//   BACK     1: signs after the mixing, bias and residual
+//   GIVEN    what x is, see numbers.cuh; else than PLAIN only for one row of one x
 
-// Several x of one size, each turned by signs of its own. x, y: (rows, blocks · HEIGHT · RUN); bias: as a row of y, or null;
+// Several x of one size, each turned by signs of its own. x, y: (rows, blocks · HEIGHT · RUN); residual: as y, or null; bias: as
+// a row of y, or null; beside: as x, NORMED: weights of the norm, GATED: what the gate is multiplied with;
 // signs: (blocks, words of 32 signs down HEIGHT, RUN), a bit set for -1. small: (HEIGHT, HEIGHT), symmetric.
 constexpr int MOST_TURNS = 4;
 struct Turns {
@@ -13,7 +15,10 @@ struct Turns {
   Numbers<OUT>::Type* y[MOST_TURNS];
   const u32* signs[MOST_TURNS];
   const Numbers<OUT>::Type* bias[MOST_TURNS];
+  const Numbers<OUT>::Type* residual[MOST_TURNS];
+  const Numbers<IN>::Type* beside;
   const float* small;
+  float epsilon;  // NORMED: added to the mean of x²
   int rows;
 };
 
@@ -57,6 +62,32 @@ DEVICE void read_signs(const u32* signs, int block, u32 (&words)[SIGN_WORDS]) {
   for (int k = 0; k < SIGN_WORDS; k++) words[k] = signs[(block * SIGN_WORDS + k) * RUN + threadIdx.x];
 }
 
+// Number `at` of x, and what it adds to the sum of squares.
+DEVICE float given(const Turns& t, const Numbers<IN>::Type* x, i64 at, float& squares) {
+  const float value = read<IN>(x[at]);
+  if (GIVEN == GATED) return gated(value, read<IN>(t.beside[at]));
+  if (GIVEN != NORMED) return value;
+  squares += value * value;
+  return value * read<IN>(t.beside[at]);
+}
+
+// One over the root mean square of the row, of which this block has seen the part that it turns.
+DEVICE float norm_factor(const Turns& t, const Numbers<IN>::Type* x, float squares) {
+  __shared__ float parts[RUN / 32];
+  for (int other = 0; other < gridDim.y; other++)
+    if (other != blockIdx.y)
+      for (int k = 0; k < HEIGHT; k++) {
+        const float value = read<IN>(x[(i64(other) * HEIGHT + k) * RUN + threadIdx.x]);
+        squares += value * value;
+      }
+  squares = sum_of_warp(squares);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = squares;
+  __syncthreads();
+  float sum = 0;
+  for (int i = 0; i < RUN / 32; i++) sum += parts[i];
+  return rsqrtf(sum / (gridDim.y * HEIGHT * RUN) + t.epsilon);
+}
+
 // Grid: (HEIGHT, blocks, rows · number of x).
 extern "C" __global__ void __launch_bounds__(RUN) turn(const __grid_constant__ Turns t) {
   __shared__ float exchange[RUN];
@@ -69,17 +100,18 @@ extern "C" __global__ void __launch_bounds__(RUN) turn(const __grid_constant__ T
   read_signs(t.signs[own], blockIdx.y, signs);
   __syncthreads();
   wait_for_inputs();
-  const Numbers<IN>::Type* x = t.x[own] + first;
-  float sum = 0;
+  float sum = 0, squares = 0;
 #pragma unroll
   for (int k = 0; k < HEIGHT; k++) {
-    const float value = read<IN>(x[k * RUN]);
+    const float value = given(t, t.x[own], first + k * RUN, squares);
     sum += factors[k] * (BACK ? value : with_sign(value, signs, k));
   }
   sum = mixed(sum, exchange);
+  if (GIVEN == NORMED) sum *= norm_factor(t, t.x[own], squares);
   if (BACK) {
     sum = with_sign(sum, signs, i);
     if (t.bias[own]) sum += read<OUT>(t.bias[own][(blockIdx.y * HEIGHT + i) * RUN + j]);
+    if (t.residual[own]) sum += read<OUT>(t.residual[own][first + i * RUN]);
   }
   t.y[own][first + i * RUN] = written<OUT>(sum);
 }
@@ -119,6 +151,7 @@ extern "C" __global__ void __launch_bounds__(RUN) turn_rows(const __grid_constan
     if (BACK) {
       sum = with_sign(sum, signs, i);
       if (t.bias[own]) sum += read<OUT>(t.bias[own][(blockIdx.y * HEIGHT + i) * RUN + j]);
+      if (t.residual[own]) sum += read<OUT>(t.residual[own][first + i * RUN]);
     }
     t.y[own][first + i * RUN] = written<OUT>(sum);
   }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vptq.nn.kernels.nvrtc import get_kernel
+from vptq.nn.kernels.given import AS_IT_IS, Given
+from vptq.nn.kernels.nvrtc import get_kernel, pointer
 from vptq.quantize.rotation import Rotation, hadamard_matrix, hartley_matrix, odd_part, random_signs
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -36,50 +38,71 @@ class _TurnsStruct(ctypes.Structure):
 
     _fields_ = [
         ("x", ctypes.c_void_p * MOST_TURNS), ("y", ctypes.c_void_p * MOST_TURNS), ("signs", ctypes.c_void_p * MOST_TURNS),
-        ("bias", ctypes.c_void_p * MOST_TURNS), ("small", ctypes.c_void_p), ("rows", ctypes.c_int),
+        ("bias", ctypes.c_void_p * MOST_TURNS), ("residual", ctypes.c_void_p * MOST_TURNS), ("beside", ctypes.c_void_p),
+        ("small", ctypes.c_void_p), ("epsilon", ctypes.c_float), ("rows", ctypes.c_int),
     ]  # fmt: skip
 
 
-def turn(x: Tensor, rotation: Rotation, out: torch.dtype, back: bool = False, bias: Tensor | None = None) -> Tensor:
-    """R x for every row, or Rᵀ x + bias with `back`: (n, size) float -> (n, size) of type `out`; `cut_turn` says for which.
+@dataclass(frozen=True)
+class Turn:
+    """A tensor of rows to be turned.
+
+    Attributes:
+        x: (n, size) float, contiguous.
+        bias, residual: (size,) and (n, size) in the answer's type, added after turning back.
+    """
+
+    x: Tensor
+    rotation: Rotation
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+
+
+def turn(x: Tensor, rotation: Rotation, out: torch.dtype, given: Given = AS_IT_IS) -> Tensor:
+    """R x for every row: (n, size) float -> (n, size) of type `out`; `cut_turn` says for which sizes.
 
     Args:
-        x: contiguous. bias: (size,) of type `out`.
+        x: contiguous. given: what x goes through before that; anything but AS_IT_IS only for one row of 16-bit numbers.
     """
-    return turns([x], [rotation], out, back, [bias])[0]
+    return turns([Turn(x, rotation)], out, False, given)[0]
 
 
-def turns(
-    xs: Sequence[Tensor], rotations: Sequence[Rotation], out: torch.dtype, back: bool, biases: Sequence[Tensor | None]
-) -> list[Tensor]:
-    """As `turn`, several x of one shape, (n, size), in as few launches as can be, each with a rotation of its own."""
-    found = [torch.empty(x.shape, dtype=out, device=x.device) for x in xs]
-    count = len(xs[0])
-    step = min(MOST_TURNS, len(xs)) if count < MANY_ROWS else 1
-    for start in range(0, len(xs) if count else 0, step):
-        part = slice(start, start + step)
-        _launch(xs[part], found[part], rotations[part], back, biases[part])
+def turn_back(work: Turn, out: torch.dtype) -> Tensor:
+    """Rᵀ x + bias + residual for every row: (n, size) of type `out`."""
+    return turns([work], out, True)[0]
+
+
+def turns(works: Sequence[Turn], out: torch.dtype, back: bool, given: Given = AS_IT_IS) -> list[Tensor]:
+    """As `turn` or `turn_back`, several x of one shape, (n, size), in as few launches as can be."""
+    found = [torch.empty(work.x.shape, dtype=out, device=work.x.device) for work in works]
+    count = len(works[0].x)
+    step = min(MOST_TURNS, len(works)) if count < MANY_ROWS else 1
+    for start in range(0, len(works) if count else 0, step):
+        _launch(works[start : start + step], found[start : start + step], back, given)
     return found
 
 
-def _launch(
-    xs: Sequence[Tensor], ys: Sequence[Tensor], rotations: Sequence[Rotation], back: bool, biases: Sequence[Tensor | None]
-) -> None:
-    first, device, count = rotations[0], xs[0].device, len(xs[0])
+def _launch(works: Sequence[Turn], ys: Sequence[Tensor], back: bool, given: Given) -> None:
+    first, shape, device = works[0].rotation, works[0].x.shape, ys[0].device
     cut = cut_turn(first)
-    assert cut is not None and all(x.is_contiguous() and x.shape == xs[0].shape for x in xs)
+    assert cut is not None and all(work.x.is_contiguous() and work.x.shape == shape for work in works)
     height, run = cut
     small = _small_matrix(first, height, run, device)
-    struct = _TurnsStruct(small=small.data_ptr(), rows=count)
-    for i, (x, y, rotation, bias) in enumerate(zip(xs, ys, rotations, biases, strict=True)):
-        struct.x[i], struct.y[i], struct.bias[i] = x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr()
-        struct.signs[i] = _sign_bits(rotation, height, run, device).data_ptr()
-    defines = {"HEIGHT": height, "RUN": run, "IN": TYPES[xs[0].dtype], "OUT": TYPES[ys[0].dtype], "BACK": int(back)}
-    whole = count >= MANY_ROWS
-    name, grid = ("turn_rows", (count, first.blocks, len(xs))) if whole else ("turn", (height, first.blocks, count * len(xs)))
-    get_kernel(("ptx.cuh", "numbers.cuh", "turn.cu"), name, tuple(sorted(defines.items())), device).launch(
-        grid, run, 0, [struct]
+    struct = _TurnsStruct(small=small.data_ptr(), rows=shape[0], beside=pointer(given.beside), epsilon=given.epsilon)
+    for i, (work, y) in enumerate(zip(works, ys, strict=True)):
+        struct.x[i], struct.y[i] = work.x.data_ptr(), y.data_ptr()
+        struct.bias[i], struct.residual[i] = pointer(work.bias), pointer(work.residual)
+        struct.signs[i] = _sign_bits(work.rotation, height, run, device).data_ptr()
+    defines = {
+        "HEIGHT": height, "RUN": run, "IN": TYPES[works[0].x.dtype], "OUT": TYPES[ys[0].dtype], "BACK": int(back),
+        "GIVEN": given.kind,
+    }  # fmt: skip
+    whole = shape[0] >= MANY_ROWS
+    grid = (shape[0], first.blocks, len(works)) if whole else (height, first.blocks, shape[0] * len(works))
+    kernel = get_kernel(
+        ("ptx.cuh", "numbers.cuh", "turn.cu"), "turn_rows" if whole else "turn", tuple(sorted(defines.items())), device
     )
+    kernel.launch(grid, run, 0, [struct])
 
 
 @functools.lru_cache(maxsize=256)
