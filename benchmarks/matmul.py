@@ -27,6 +27,9 @@ from vptq.nn.vquant_linear import VQuantLinear
 SHAPES = ["4096x4096"]
 SETTINGS = ["v8k65536", "v8k4096", "v6k4096", "v8k256+256", "v4k256shared", "trellis2", "trellis3"]
 TRELLIS_STATES = 4096
+# Of random tensors, so that weights spread by some 0.02, as in a model that is not trained, and sums stay in float16.
+MEANS = {"weight_scale": 0.02, "row_scale": 0.02}
+SPREAD = {"weight_scale": 0.002, "row_scale": 0.0, "weight_bias": 0.0005}
 COLD_BYTES = 200 << 20  # of weights that take turns, so that L2 does not hold them
 
 
@@ -63,7 +66,9 @@ def random_linear(
         elif parameter.dtype == torch.int32:
             parameter.data.random_(-(2**31), 2**31 - 1, generator=generator)
         else:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device=device))
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device=device) * SPREAD.get(name, 1.0))
+            if name in MEANS:
+                parameter.data.add_(MEANS[name])
     return module
 
 

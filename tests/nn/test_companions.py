@@ -126,7 +126,7 @@ class Attention(torch.nn.Module):
         (["rotated"] * 3, 1),
         (["trellis 2"] * 3, 1),
         (["outliers"] * 3, 1),
-        (["v8k4096"] * 2 + ["v6k4096"], 3),
+        (["v8k4096"] * 2 + ["v6k4096"], 2),
     ],
 )
 @pytest.mark.parametrize("count", [1, 5])

@@ -162,7 +162,7 @@ def test_cuda_sources_run_on_a_cpu(setting, generator, emulated):
 
 @pytest.mark.parametrize("setting, copies", [("v6k4096", 0), ("trellis 2", 0), ("rotated", 2)])
 def test_codebooks_stay_in_global_memory_where_there_is_little_shared(setting, copies, generator, emulated, monkeypatch):
-    monkeypatch.setattr(products, "limits_of", lambda device: Limits(processors=3, shared=40 << 10))
+    monkeypatch.setattr(products, "limits_of", lambda device: Limits(processors=3, shared=41 << 10))
     shape = (352, 224) if "rotation" in SETTINGS[setting] else (76, 600)
     module = random_module(setting, shape, torch.float16, torch.device("cpu"), generator)
     fused = fused_linear(module.stored_tensors(), module.layer_config, torch.float16)
@@ -172,6 +172,12 @@ def test_codebooks_stay_in_global_memory_where_there_is_little_shared(setting, c
         x = torch.randn(count, shape[1], generator=generator).half()
         right = x.double() @ weight.double().T
         assert relative(fused(x), right) <= 2 * relative(torch.nn.functional.linear(x, weight.half()), right)
+
+
+@pytest.mark.parametrize("setting", ["v6k4096", "outliers of 4, v = 10", "trellis 2"])
+def test_wide_linears_read_x_in_every_step(setting, generator, emulated, monkeypatch):
+    monkeypatch.setattr(products, "MOST_KEPT", 0)
+    check_given(setting, (352, 1504), torch.device("cpu"), generator)
 
 
 def test_several_matrices_in_one_launch_on_a_cpu(generator, emulated):

@@ -1,8 +1,14 @@
 // Numbers in memory and in registers: TYPE 0 float16, 1 bfloat16, 2 float.
 
-template <int TYPE> struct Numbers { typedef u16 Type; };
+template <int TYPE> struct Numbers {
+  typedef u16 Type;
+  static constexpr u16 ZERO = 0;
+};
 constexpr int FLOAT = 2;
-template <> struct Numbers<FLOAT> { typedef float Type; };
+template <> struct Numbers<FLOAT> {
+  typedef float Type;
+  static constexpr float ZERO = 0;
+};
 template <int TYPE> DEVICE float read(typename Numbers<TYPE>::Type v) {
   if constexpr (TYPE == FLOAT) return v;
   else return widened<TYPE>(v);

@@ -7,9 +7,12 @@
 //   FLOAT_X, FLOAT_Y: type of x and y, else the weights' own
 //   GIVEN   what x is, see numbers.cuh; PLAIN where PREPARED
 //   PREPARED 1: x is ready, 16 bits, by slices; 0 (BATCH 1): every block makes it ready for itself
+//   STEPS    of every turn, where they are few: every thread then makes its own columns of x ready and keeps them (BATCH 1);
+//            0: x is in memory, or shared memory, and read in every step
 
 constexpr int WARPS = THREADS / 32;
 constexpr int SETS = 8 / BATCH;
+constexpr int UNROLLED = STEPS ? STEPS : 1;
 constexpr int ROWS_X = BATCH * TILES;
 constexpr int SLICE = WARP_COLUMNS / BATCH;  // columns of a warp's step
 #if STEP_BITS
@@ -99,117 +102,149 @@ struct Slices {
   DEVICE int columns() const { return steps * across * SLICE; }  // of x made ready: whole slices, zeros where there is none
 };
 
-// Eight stored columns, and what they ask of x: constants, so they are read before x is there.
-struct Eight {
-  u16 perm[8], scale[8], offset[8];
-  float norm[8];
-  float value[8];
+// Neighbouring numbers, as many as a lane has columns.
+template <int TYPE> struct Run {
+  u32 words[LANE_COLUMNS * sizeof(typename Numbers<TYPE>::Type) / 4];
+  DEVICE float get(int i) const {
+    if constexpr (TYPE == FLOAT) return __uint_as_float(words[i]);
+    else return widened<TYPE>(u16(words[i / 2] >> (i % 2 * 16)));
+  }
+  DEVICE void put(int i, typename Numbers<TYPE>::Type v) {
+    if constexpr (TYPE == FLOAT) words[i] = __float_as_uint(v);
+    else words[i / 2] = i % 2 ? words[i / 2] | u32(v) << 16 : v;
+  }
+  // The first `count` of them, then zeros.
+  DEVICE void read(const typename Numbers<TYPE>::Type* p, int count) {
+    if (count >= LANE_COLUMNS && u64(p) % min_of(16, sizeof words) == 0) {
+      if constexpr (sizeof words == 8) {
+        const u64 v = *(const u64*)p;
+        words[0] = u32(v), words[1] = u32(v >> 32);
+      } else {
+#pragma unroll
+        for (int i = 0; i < sizeof words / 16; i++) spread(((const u32x4*)p)[i], words + 4 * i);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < LANE_COLUMNS; i++) put(i, i < count ? p[i] : Numbers<TYPE>::ZERO);
+    }
+  }
+};
+
+// A lane's stored columns, and what they ask of x: constants, so they are read before x is there.
+struct Chunk {
+  Run<BF16> perm, scale, offset;  // perm: as it is stored, not to be taken for numbers of that type
+  Run<X_TYPE> x, beside;
   int stored, count;  // the first column, and how many there are
 };
 
-DEVICE void read_eight(const u16* p, int at, int count, u16 (&v)[8]) {
-#if EVEN || STEP_BITS && WIDE
-  if (count >= 8) {
-    const u32x4 q = *(const u32x4*)(p + at);
-    const u32 words[4] = {q.x, q.y, q.z, q.w};
+DEVICE int column_of(const Chunk& c, int j) { return u16(c.perm.words[j / 2] >> (j % 2 * 16)); }
+
+// Numbers of x, or what goes with them, for the columns of a chunk.
+DEVICE void read_columns(const Product& p, const Chunk& c, const XType* from, Run<X_TYPE>& to) {
+  if (!p.perm) return to.read(from + p.x_first + c.stored, c.count);
 #pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = u16(words[j / 2] >> (j % 2 * 16));
-    return;
-  }
-#endif
-#pragma unroll
-  for (int j = 0; j < 8; j++) v[j] = j < count ? p[at + j] : 0;
+  for (int j = 0; j < LANE_COLUMNS; j++) to.put(j, j < c.count ? from[column_of(c, j)] : Numbers<X_TYPE>::ZERO);
 }
 
-DEVICE int column_of(const Product& p, const Eight& e, int j) { return p.perm ? e.perm[j] : p.x_first + e.stored + j; }
-
-DEVICE void read_constants(const Product& p, const Slices& cut, int chunk, Eight& e) {
-  const int of_group = cut.of_group * (SLICE / 8), group = GROUPED ? chunk / of_group : 0, i = (chunk - group * of_group) * 8;
-  e.stored = group * p.m.group_size + i;
-  e.count = GROUPED && group >= p.m.groups ? 0 : max(0, min(8, p.m.group_size - i));
-  if (p.perm) read_eight(p.perm, e.stored, e.count, e.perm);
-  if (p.scale) read_eight(p.scale, e.stored, e.count, e.scale);
-  if (p.offset) read_eight(p.offset, e.stored, e.count, e.offset);
-#if GIVEN == 1
-#pragma unroll
-  for (int j = 0; j < 8; j++) e.norm[j] = j < e.count ? read<X_TYPE>(p.beside[column_of(p, e, j)]) : 0.f;
-#endif
+DEVICE void read_constants(const Product& p, const Slices& cut, int chunk, Chunk& c) {
+  const int of_group = cut.of_group * (SLICE / LANE_COLUMNS), group = GROUPED ? chunk / of_group : 0;
+  const int i = (chunk - group * of_group) * LANE_COLUMNS;
+  c.stored = group * p.m.group_size + i;
+  c.count = GROUPED && group >= p.m.groups ? 0 : max(0, min(LANE_COLUMNS, p.m.group_size - i));
+  if (p.perm) c.perm.read(p.perm + c.stored, c.count);
+  if (p.scale) c.scale.read(p.scale + c.stored, c.count);
+  if (p.offset) c.offset.read(p.offset + c.stored, c.count);
+  if (GIVEN == NORMED) read_columns(p, c, p.beside, c.beside);
 }
 
-DEVICE void read_values(const Product& p, const XType* x, Eight& e) {
-#pragma unroll
-  for (int j = 0; j < 8; j++) {
-    const int column = column_of(p, e, j);
-    e.value[j] = j < e.count ? read<X_TYPE>(x[column]) : 0.f;
-    if (GIVEN == GATED && j < e.count) e.value[j] = gated(e.value[j], read<X_TYPE>(p.beside[column]));
-  }
+DEVICE void read_values(const Product& p, const XType* x, Chunk& c) {
+  read_columns(p, c, x, c.x);
+  if (GIVEN == GATED) read_columns(p, c, p.beside, c.beside);
 }
 
 // Those columns of x, times `factor`, in stored order, scaled, 16 bits; the answer is their share of Σ x offset.
-DEVICE float write_ready(const Product& p, Eight& e, float factor, u16* to) {
-  float sum = 0;
-  if (GIVEN == NORMED)
+DEVICE float ready_of(const Product& p, const Chunk& c, float factor, u32 (&to)[LANE_COLUMNS / 2]) {
+  float sum = 0, v[LANE_COLUMNS];
 #pragma unroll
-    for (int j = 0; j < 8; j++) e.value[j] *= factor * e.norm[j];
+  for (int j = 0; j < LANE_COLUMNS; j++) {
+    v[j] = c.x.get(j);
+    if (GIVEN == NORMED) v[j] *= factor * c.beside.get(j);
+    if (GIVEN == GATED) v[j] = gated(v[j], c.beside.get(j));
+  }
+  if (p.offset)
 #pragma unroll
-  for (int j = 0; j < 8; j++)
-    if (p.offset) sum += j < e.count ? e.value[j] * to_float(e.offset[j]) : 0.f;
+    for (int j = 0; j < LANE_COLUMNS; j++) sum += v[j] * c.offset.get(j);
+  if (p.scale)
 #pragma unroll
-  for (int j = 0; j < 8; j++)
-    if (p.scale) e.value[j] *= j < e.count ? to_float(e.scale[j]) : 0.f;
-  const float* v = e.value;
-  *(u32x4*)to = {pair_of(v[0], v[1]), pair_of(v[2], v[3]), pair_of(v[4], v[5]), pair_of(v[6], v[7])};
+    for (int j = 0; j < LANE_COLUMNS; j++) v[j] *= c.scale.get(j);
+#pragma unroll
+  for (int j = 0; j < LANE_COLUMNS / 2; j++) to[j] = pair_of(v[2 * j], v[2 * j + 1]);
   return sum;
 }
 
-// A thread's chunks of eight columns, AT_ONCE of them on their way together.
+// A thread's chunks of x, AT_ONCE of them on their way together.
 constexpr int AT_ONCE = 2;
-struct Chunks { Eight e[AT_ONCE]; };
+struct Chunks { Chunk c[AT_ONCE]; };
 
-DEVICE void read_constants(const Product& p, const Slices& cut, int first, Chunks& c) {
+DEVICE void read_constants(const Product& p, const Slices& cut, int first, Chunks& chunks) {
 #pragma unroll
-  for (int i = 0; i < AT_ONCE; i++) read_constants(p, cut, first + i * THREADS, c.e[i]);
+  for (int i = 0; i < AT_ONCE; i++) read_constants(p, cut, first + i * THREADS, chunks.c[i]);
 }
 
-DEVICE void read_values(const Product& p, const XType* x, Chunks& c) {
+DEVICE void read_values(const Product& p, const XType* x, Chunks& chunks) {
 #pragma unroll
-  for (int i = 0; i < AT_ONCE; i++) read_values(p, x, c.e[i]);
+  for (int i = 0; i < AT_ONCE; i++) read_values(p, x, chunks.c[i]);
 }
 
-// One row of x, all of its columns. c: this thread's first ones, read.
-DEVICE float make_ready(const Product& p, const Slices& cut, const XType* x, Chunks& c, float factor, u16* to) {
+// One row of x, all of its columns. own: this thread's first ones, read.
+DEVICE float make_ready(const Product& p, const Slices& cut, const XType* x, Chunks& own, float factor, u16* to) {
   float sum = 0;
-  const int chunks = cut.columns() / 8;
+  const int chunks = cut.columns() / LANE_COLUMNS;
   for (int first = threadIdx.x; first < chunks; first += AT_ONCE * THREADS) {
     if (first >= AT_ONCE * THREADS) {
-      read_constants(p, cut, first, c);
-      read_values(p, x, c);
+      read_constants(p, cut, first, own);
+      read_values(p, x, own);
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++)
-      if (first + i * THREADS < chunks) sum += write_ready(p, c.e[i], factor, to + 8 * (first + i * THREADS));
+      if (first + i * THREADS < chunks) {
+        u32 v[LANE_COLUMNS / 2];
+        sum += ready_of(p, own.c[i], factor, v);
+        u16* place = to + LANE_COLUMNS * (first + i * THREADS);
+        if constexpr (LANE_COLUMNS == 8) *(u32x4*)place = {v[0], v[1], v[2], v[3]};
+        else *(u64*)place = v[0] | u64(v[1]) << 32;
+      }
   }
   return sum;
 }
 
-DEVICE float sum_of_block(float value, float* parts) {
+// A sum over all threads, in two halves with a barrier between them.
+DEVICE void put_part(float value, float* parts) {
   value = sum_of_warp(value);
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
-  __syncthreads();
+}
+
+DEVICE float sum_of_parts(const float* parts) {
   float sum = 0;
+#pragma unroll
   for (int i = 0; i < WARPS; i++) sum += parts[i];
   return sum;
 }
 
-// One over the root mean square of a row of x, all of its numbers (outliers are columns of their own).
-DEVICE float norm_factor(const Product& p, const XType* x, float* parts) {
+// This thread's share of the squares of a row of x, all of its numbers (outliers are columns of their own).
+DEVICE float squares_of(const Product& p, const XType* x) {
   float sum = 0;
 #pragma unroll 4
   for (int i = threadIdx.x; i < p.in_features; i += THREADS) {
     const float v = read<X_TYPE>(x[i]);
     sum += v * v;
   }
-  return rsqrtf(sum_of_block(sum, parts) / p.in_features + p.epsilon);
+  return sum;
+}
+
+// One over the root mean square of a row, for NORMED; parts: of its squares.
+DEVICE float factor_of(const Product& p, const float* parts) {
+  return GIVEN == NORMED ? rsqrtf(sum_of_parts(parts) / p.in_features + p.epsilon) : 1.f;
 }
 
 // Sums over the sets of a warp: lanes that hold the sums of the same outputs each keep some of them, the first ones the first set.
@@ -256,7 +291,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
   char* books = (char*)shared;
   char* stages = books + (TABLE_BYTES + RES_TABLE_BYTES) * COPIES;
   u16* ready = (u16*)(stages + STAGES * STAGE_BYTES);
-  float* parts = (float*)(ready + (PREPARED ? 0 : cut.columns()));
+  float* squares = (float*)(ready + (PREPARED || STEPS ? 0 : cut.columns()));
+  float *offsets = squares + WARPS, *parts = offsets + WARPS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int across = cut.across, down = WARPS / across, my_across = warp % across, my_down = warp / across;
   const int set = g / BATCH, own = g % BATCH;  // own: which unit of W, and which row of x, this lane reads
@@ -293,14 +329,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
   close_copies();
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) begin(i * STAGE_BYTES);
-  float offset = 0;
-#if !PREPARED
+#if STEPS
+  Chunk own_x[STEPS];
+#pragma unroll
+  for (int i = 0; i < STEPS; i++) read_constants(p, cut, (my_across + i * across) * 32 + lane, own_x[i]);
+  wait_for_inputs();
+#pragma unroll
+  for (int i = 0; i < STEPS; i++) read_values(p, p.x, own_x[i]);
+  if (GIVEN == NORMED) put_part(squares_of(p, p.x), squares);
+#elif !PREPARED
   Chunks chunks;
   read_constants(p, cut, threadIdx.x, chunks);
   wait_for_inputs();
   read_values(p, p.x, chunks);
-  offset = make_ready(p, cut, p.x, chunks, GIVEN == NORMED ? norm_factor(p, p.x, parts + WARPS) : 1.f, ready);
-  if (p.offset) offset = sum_of_block(offset, parts);
+  if (GIVEN == NORMED) put_part(squares_of(p, p.x), squares), __syncthreads();
+  put_part(make_ready(p, cut, p.x, chunks, factor_of(p, squares), ready), offsets);
   const u16* x_row[1] = {ready};
 #else
   wait_for_inputs();
@@ -313,7 +356,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
 #endif
   await_copies<STAGES - 1>();  // the codebooks'
   __syncthreads();
+#if STEPS
+  u32 kept_x[STEPS][1][LANE_COLUMNS / 2];
+  float offset = 0;
+  const float factor = factor_of(p, squares);
+#pragma unroll
+  for (int i = 0; i < STEPS; i++) {
+    const float share = ready_of(p, own_x[i], factor, kept_x[i][0]);
+    if (!my_down) offset += share;
+  }
+  put_part(offset, offsets);  // read after the barriers of a turn
+#endif
 
+#if !STEPS
   auto load_x = [&](int column, u32 (&x)[TILES][LANE_COLUMNS / 2]) {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
@@ -328,6 +383,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
       }
     }
   };
+#endif
 
   u32 stage = 0, free_stage = (STAGES - 1) * STAGE_BYTES;
   float d[TILES][PAIRS][4];
@@ -336,9 +392,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
 #pragma unroll
     for (int i = 0; i < TILES * PAIRS * 4; i++) ((float*)d)[i] = 0;
     int slice = my_across;
-    for (int number = 0; number < cut.steps; number++, slice += across) {
-      u32 q[LANE_WORDS], x[TILES][LANE_COLUMNS / 2];
+#pragma unroll UNROLLED
+    for (int number = 0; number < (STEPS ? STEPS : cut.steps); number++, slice += across) {
+      u32 q[LANE_WORDS];
+#if STEPS
+      const u32 (&x)[1][LANE_COLUMNS / 2] = kept_x[number];
+#else
+      u32 x[TILES][LANE_COLUMNS / 2];
       load_x(slice * SLICE + lane_column, x);
+#endif
       await_copies<STAGES - 2>();
       take_words(stages + stage + READ_BYTES * threadIdx.x, SHIFT_OF(slice), q);
       begin(free_stage);
@@ -393,7 +455,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
         const int out = unit * UNIT_ROWS + row;
         if (threadIdx.x % 8 || at >= outputs || row >= UNIT_ROWS || unit >= p.m.units || out >= p.m.out_features || row_x >= p.rows)
           continue;
-        sum += PREPARED ? (p.sums ? p.sums[row_x] : 0.f) : offset;
+        sum += PREPARED ? (p.sums ? p.sums[row_x] : 0.f) : (p.offset ? sum_of_parts(offsets) : 0.f);
         const i64 place = i64(row_x) * p.m.out_features + out;
         if (p.added) sum += p.added[place];
         if (p.row_scale) sum *= p.row_scale[out * p.scale_step];
@@ -419,8 +481,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(const __grid_const
   const i64 row = blockIdx.x;
   const XType* x = p.x + row * p.x_stride;
   read_values(p, x, chunks);
-  const float sum = make_ready(p, cut, x, chunks, 1.f, p.ready + row * cut.columns());
-  const float whole = sum_of_block(sum, parts);
-  if (p.sums && !threadIdx.x) p.sums[row] = whole;
+  put_part(make_ready(p, cut, x, chunks, 1.f, p.ready + row * cut.columns()), parts);
+  __syncthreads();
+  if (p.sums && !threadIdx.x) p.sums[row] = sum_of_parts(parts);
 }
 #endif

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from vptq.nn.kernels.given import AS_IT_IS, Given
 from vptq.nn.kernels.nvrtc import Kernel, get_kernel, limits_of, pointer
-from vptq.nn.kernels.packed import COPIED_TABLES, KernelMatrix, MatrixStruct, lane_words
+from vptq.nn.kernels.packed import KernelMatrix, MatrixStruct, lane_words
 from vptq.nn.vectors import MOST_ROWS
 
 MOST_MATRICES = 4  # that one launch takes
 MOST_SUMS = 64  # that a thread keeps
 MOST_THREADS = 512
-WIDEST_OF_HALF = 4096  # columns that half as many threads make ready in one go
+MOST_KEPT = 48  # numbers of x that a thread keeps
 SHARED_OF_TWO = 200 << 10  # bytes, of two blocks on a processor
 TURN_COSTS = (0.5, 2.0)  # of adding up a turn's sums, in steps; with one row of x, and with more: measured
 STAGES_BYTES = 24 << 10  # of shared memory, for words on their way
@@ -90,7 +90,8 @@ class Cut:
     Attributes:
         batch, tiles: rows of x in one product of the tensor cores, and such products side by side.
         threads: of a block. stages: bytes of shared memory for words on their way.
-        across: warps along the columns. blocks: launched. shared: bytes. columns: of x made ready.
+        across: warps along the columns, and steps of each of them in a turn. blocks: launched. shared: bytes.
+        columns: of x made ready.
     """
 
     batch: int
@@ -98,6 +99,7 @@ class Cut:
     threads: int
     stages: int
     across: int
+    steps: int
     blocks: int
     shared: int
     columns: int
@@ -134,7 +136,7 @@ def products(x: Tensor, factors: Sequence[Factor], out: torch.dtype, given: Give
     defines = factors[0].matrix.defines | {
         "BATCH": cut.batch, "TILES": cut.tiles, "THREADS": cut.threads, "STAGES_BYTES": cut.stages,
         "FLOAT_X": int(x.dtype == torch.float32), "FLOAT_Y": int(out == torch.float32), "PREPARED": int(cut.batch > 1),
-        "GIVEN": given.kind,
+        "GIVEN": given.kind, "STEPS": _kept_steps(factors[0].matrix, cuts),
     }  # fmt: skip
     struct = _ProductsStruct(count=len(factors))
     kept = []  # until launched
@@ -148,7 +150,7 @@ def products(x: Tensor, factors: Sequence[Factor], out: torch.dtype, given: Give
             kept += [ready, sums]
     if cut.batch > 1:
         _kernel("prepare", defines, device).launch((count, len(factors), 1), cut.threads, 0, [struct])
-    shared = max(own.shared for own in cuts)
+    shared = max(_more_than_half(limits.shared), *(own.shared for own in cuts))
     _kernel("product", defines, device).launch((struct.first[len(factors)], 1, 1), cut.threads, shared, [struct])
     return found
 
@@ -205,7 +207,7 @@ def cut_products(matrices: Sequence[KernelMatrix], count: int, shares: Sequence[
     def cuts(threads: int, stages: int) -> list[Cut]:
         return [_cut(matrix, batch, tiles, share, threads, stages) for matrix, share in zip(matrices, shares, strict=True)]
 
-    found = cuts(_threads(matrices[0]) if batch == 1 else MOST_THREADS, STAGES_BYTES)
+    found = cuts(MOST_THREADS, STAGES_BYTES)
     for threads, stages in SMALLER:  # GPUs differ in shared memory
         if max(cut.shared for cut in found) > most_shared:
             found = cuts(threads, stages)
@@ -219,27 +221,39 @@ def fits(matrix: KernelMatrix, device: torch.device) -> bool:
     return all(cut.shared <= limits.shared for cut in cuts)
 
 
-def _threads(matrix: KernelMatrix) -> int:
-    """For one row of x: half as many where the next product can then begin before this one has ended: measured."""
-    shared = matrix.table_bytes * matrix.defines["COPIES"]
-    narrow = matrix.columns <= WIDEST_OF_HALF and not matrix.defines["STEP_BITS"]
-    return MOST_THREADS // 2 if narrow and shared >= COPIED_TABLES else MOST_THREADS
+def _more_than_half(most_shared: int) -> int:
+    """Shared memory that no two blocks of one processor can have: else blocks that begin early would gather where others end
+    first, and other processors stand idle. Small kernels still find room beside one.
+    """
+    return most_shared // 2 + 1024
+
+
+def _kept_steps(matrix: KernelMatrix, cuts: Sequence[Cut]) -> int:
+    """Steps of a turn whose numbers of x every thread keeps; 0 where they are too many or differ."""
+    same = len({cut.steps for cut in cuts}) == 1
+    fits_registers = cuts[0].steps * _lane_columns(matrix) <= MOST_KEPT
+    return cuts[0].steps if cuts[0].batch == 1 and same and fits_registers else 0
+
+
+def _lane_columns(matrix: KernelMatrix) -> int:
+    return 4 if matrix.defines["STEP_BITS"] else 8
 
 
 def _cut(matrix: KernelMatrix, batch: int, tiles: int, processors: int, threads: int, stages: int) -> Cut:
     d, m = matrix.defines, matrix.struct
     warps = threads // 32
     pairs = -(-matrix.unit_rows // 2)
-    slice_columns = 32 * (4 if d["STEP_BITS"] else 8) // batch
+    slice_columns = 32 * _lane_columns(matrix) // batch
     slices, units = -(-m.group_size // slice_columns) * m.groups, -(-m.units // batch)
     across = _warps_across(slices, units, warps, processors, TURN_COSTS[batch > 1])
     part_pairs, turns = _parts(pairs, warps, batch, tiles)
-    parts = turns * part_pairs * 2 * (warps // across) * batch * batch * tiles * (across + 1)
-    columns = -(-slices // across) * across * slice_columns
+    steps = -(-slices // across)
+    parts = 2 * warps + turns * part_pairs * 2 * (warps // across) * batch * batch * tiles * (across + 1)
+    columns = steps * across * slice_columns
     stage = lane_words(d) * 4 * threads
     words = max(2, min(8, stages // stage)) * stage
-    shared = matrix.table_bytes * d["COPIES"] + words + (0 if batch > 1 else 2 * columns) + 4 * max(parts, 2 * warps)
-    return Cut(batch, tiles, threads, stages, across, min(units, processors), shared, columns)
+    shared = matrix.table_bytes * d["COPIES"] + words + (0 if batch > 1 else 2 * columns) + 4 * parts
+    return Cut(batch, tiles, threads, stages, across, steps, min(units, processors), shared, columns)
 
 
 def _cut_rows(pairs: int, units: int, count: int, processors: int) -> tuple[int, int]:
