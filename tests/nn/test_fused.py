@@ -174,12 +174,6 @@ def test_codebooks_stay_in_global_memory_where_there_is_little_shared(setting, c
         assert relative(fused(x), right) <= 2 * relative(torch.nn.functional.linear(x, weight.half()), right)
 
 
-@pytest.mark.parametrize("setting", ["v6k4096", "outliers of 4, v = 10", "trellis 2"])
-def test_wide_linears_read_x_in_every_step(setting, generator, emulated, monkeypatch):
-    monkeypatch.setattr(products, "MOST_KEPT", 0)
-    check_given(setting, (352, 1504), torch.device("cpu"), generator)
-
-
 def test_several_matrices_in_one_launch_on_a_cpu(generator, emulated):
     cpu, shapes = torch.device("cpu"), [(76, 600), (20, 600)]
     modules = [random_module("v8k4096", shape, torch.float16, cpu, generator) for shape in shapes]

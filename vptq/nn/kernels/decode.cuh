@@ -189,8 +189,9 @@ DEVICE void align_words(u32 (&q)[LANE_WORDS], int shift) {
   for (int i = 0; i + 1 < LANE_WORDS; i++) q[i] = __funnelshift_r(q[i], q[i + 1], shift);
 }
 
-// Codebooks into shared memory, COPIES times side by side; where they stay in global memory, nothing. Some of it is copied in
-// the background: close_copies and await_copies are to follow.
+// Codebooks into shared memory, COPIES times side by side; where they stay in global memory, nothing. One copy comes in the
+// background: close_copies and await_copies are to follow. Several come through registers, so that all readers of a number are one
+// reader for L2, where thousands would wait for each other.
 DEVICE void fill_tables(const Matrix& m, char* shared) {
 #if COPIES
   constexpr int UNIT = COPIES == 1 ? 16 : min_of(16, ENTRY_BYTES * COPIES), FROM = min_of(16, ENTRY_BYTES);  // bytes written and read at once
@@ -204,9 +205,10 @@ DEVICE void fill_tables(const Matrix& m, char* shared) {
     for (int i = UNIT * threadIdx.x; i < bytes; i += UNIT * blockDim.x) {
       const int at = (i + shift) & (bytes - 1), entry = at / (ENTRY_BYTES * COPIES);
       const char* p = from + (COPIES == 1 ? at : entry * ENTRY_BYTES + at % ENTRY_BYTES / FROM * FROM);
-      if constexpr (FROM == 16 || COPIES == 1) copy_16(shared_address(to + at), (const u32*)p, true);
-      if constexpr (FROM < 16 && COPIES > 1) {
+      if constexpr (COPIES == 1) copy_16(shared_address(to + at), (const u32*)p, true);
+      if constexpr (COPIES > 1) {
         u32 v[4];
+        if constexpr (FROM == 16) spread(*(const u32x4*)p, v);
         if constexpr (FROM == 8) { const u64 e = *(const u64*)p; v[0] = v[2] = u32(e); v[1] = v[3] = u32(e >> 32); }
         if constexpr (FROM == 4) v[0] = v[1] = v[2] = v[3] = *(const u32*)p;
         if constexpr (FROM == 2) v[0] = v[1] = v[2] = v[3] = *(const u16*)p * 0x10001u;

@@ -7,12 +7,9 @@
 //   FLOAT_X, FLOAT_Y: type of x and y, else the weights' own
 //   GIVEN   what x is, see numbers.cuh; PLAIN where PREPARED
 //   PREPARED 1: x is ready, 16 bits, by slices; 0 (BATCH 1): every block makes it ready for itself
-//   STEPS    of every turn, where they are few: every thread then makes its own columns of x ready and keeps them (BATCH 1);
-//            0: x is in memory, or shared memory, and read in every step
 
 constexpr int WARPS = THREADS / 32;
 constexpr int SETS = 8 / BATCH;
-constexpr int UNROLLED = STEPS ? STEPS : 1;
 constexpr int ROWS_X = BATCH * TILES;
 constexpr int SLICE = WARP_COLUMNS / BATCH;  // columns of a warp's step
 #if STEP_BITS
@@ -291,7 +288,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
   char* books = (char*)shared;
   char* stages = books + (TABLE_BYTES + RES_TABLE_BYTES) * COPIES;
   u16* ready = (u16*)(stages + STAGES * STAGE_BYTES);
-  float* squares = (float*)(ready + (PREPARED || STEPS ? 0 : cut.columns()));
+  float* squares = (float*)(ready + (PREPARED ? 0 : cut.columns()));
   float *offsets = squares + WARPS, *parts = offsets + WARPS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int across = cut.across, down = WARPS / across, my_across = warp % across, my_down = warp / across;
@@ -329,15 +326,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
   close_copies();
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) begin(i * STAGE_BYTES);
-#if STEPS
-  Chunk own_x[STEPS];
-#pragma unroll
-  for (int i = 0; i < STEPS; i++) read_constants(p, cut, (my_across + i * across) * 32 + lane, own_x[i]);
-  wait_for_inputs();
-#pragma unroll
-  for (int i = 0; i < STEPS; i++) read_values(p, p.x, own_x[i]);
-  if (GIVEN == NORMED) put_part(squares_of(p, p.x), squares);
-#elif !PREPARED
+#if !PREPARED
   Chunks chunks;
   read_constants(p, cut, threadIdx.x, chunks);
   wait_for_inputs();
@@ -356,19 +345,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
 #endif
   await_copies<STAGES - 1>();  // the codebooks'
   __syncthreads();
-#if STEPS
-  u32 kept_x[STEPS][1][LANE_COLUMNS / 2];
-  float offset = 0;
-  const float factor = factor_of(p, squares);
-#pragma unroll
-  for (int i = 0; i < STEPS; i++) {
-    const float share = ready_of(p, own_x[i], factor, kept_x[i][0]);
-    if (!my_down) offset += share;
-  }
-  put_part(offset, offsets);  // read after the barriers of a turn
-#endif
 
-#if !STEPS
   auto load_x = [&](int column, u32 (&x)[TILES][LANE_COLUMNS / 2]) {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
@@ -383,7 +360,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
       }
     }
   };
-#endif
 
   u32 stage = 0, free_stage = (STAGES - 1) * STAGE_BYTES;
   float d[TILES][PAIRS][4];
@@ -392,15 +368,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
 #pragma unroll
     for (int i = 0; i < TILES * PAIRS * 4; i++) ((float*)d)[i] = 0;
     int slice = my_across;
-#pragma unroll UNROLLED
-    for (int number = 0; number < (STEPS ? STEPS : cut.steps); number++, slice += across) {
-      u32 q[LANE_WORDS];
-#if STEPS
-      const u32 (&x)[1][LANE_COLUMNS / 2] = kept_x[number];
-#else
-      u32 x[TILES][LANE_COLUMNS / 2];
+    for (int number = 0; number < cut.steps; number++, slice += across) {
+      u32 q[LANE_WORDS], x[TILES][LANE_COLUMNS / 2];
       load_x(slice * SLICE + lane_column, x);
-#endif
       await_copies<STAGES - 2>();
       take_words(stages + stage + READ_BYTES * threadIdx.x, SHIFT_OF(slice), q);
       begin(free_stage);

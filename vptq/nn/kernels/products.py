@@ -17,7 +17,6 @@ from vptq.nn.vectors import MOST_ROWS
 MOST_MATRICES = 4  # that one launch takes
 MOST_SUMS = 64  # that a thread keeps
 MOST_THREADS = 512
-MOST_KEPT = 48  # numbers of x that a thread keeps
 SHARED_OF_TWO = 200 << 10  # bytes, of two blocks on a processor
 TURN_COSTS = (0.5, 2.0)  # of adding up a turn's sums, in steps; with one row of x, and with more: measured
 STAGES_BYTES = 24 << 10  # of shared memory, for words on their way
@@ -90,8 +89,7 @@ class Cut:
     Attributes:
         batch, tiles: rows of x in one product of the tensor cores, and such products side by side.
         threads: of a block. stages: bytes of shared memory for words on their way.
-        across: warps along the columns, and steps of each of them in a turn. blocks: launched. shared: bytes.
-        columns: of x made ready.
+        across: warps along the columns. blocks: launched. shared: bytes. columns: of x made ready.
     """
 
     batch: int
@@ -99,7 +97,6 @@ class Cut:
     threads: int
     stages: int
     across: int
-    steps: int
     blocks: int
     shared: int
     columns: int
@@ -136,7 +133,7 @@ def products(x: Tensor, factors: Sequence[Factor], out: torch.dtype, given: Give
     defines = factors[0].matrix.defines | {
         "BATCH": cut.batch, "TILES": cut.tiles, "THREADS": cut.threads, "STAGES_BYTES": cut.stages,
         "FLOAT_X": int(x.dtype == torch.float32), "FLOAT_Y": int(out == torch.float32), "PREPARED": int(cut.batch > 1),
-        "GIVEN": given.kind, "STEPS": _kept_steps(factors[0].matrix, cuts),
+        "GIVEN": given.kind,
     }  # fmt: skip
     struct = _ProductsStruct(count=len(factors))
     kept = []  # until launched
@@ -177,14 +174,19 @@ def weight(matrix: KernelMatrix, scale: Tensor | None, offset: Tensor | None, ro
     vector = d["WIDE"] if d["STEP_BITS"] else d["EVEN"]
     vector = vector and out.stride(0) % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (out, scale, offset))
     scaled = any(tensor is not None for tensor in (scale, offset, row_scale))
-    defines = d | {"THREADS": MOST_THREADS, "STAGES_BYTES": STAGES_BYTES, "SCALED": int(scaled), "VECTOR": int(vector)}
+    shared = matrix.table_bytes * d["COPIES"]
+    defines = d | {
+        "THREADS": MOST_THREADS,
+        "BLOCKS": 1 if 2 * shared > SHARED_OF_TWO or d["RES_BITS"] else 2,
+        "SCALED": int(scaled),
+        "VECTOR": int(vector),
+    }
     struct = _WeightStruct(
         m=matrix.struct, out=out.data_ptr(), scale=pointer(scale), offset=pointer(offset), row_scale=pointer(row_scale),
         stride=out.stride(0), scale_step=_scale_step(row_scale),
     )  # fmt: skip
-    shared = matrix.table_bytes * d["COPIES"]
-    blocks = limits_of(out.device).processors * (1 if 2 * shared > SHARED_OF_TWO else 2)
-    _kernel("weight", defines, out.device, "weight.cu").launch((blocks, 1, 1), MOST_THREADS, shared, [struct])
+    kernel = _kernel("weight", defines, out.device, "weight.cu")
+    kernel.launch((limits_of(out.device).processors * defines["BLOCKS"], 1, 1), MOST_THREADS, shared, [struct])
 
 
 def share_out(units: Sequence[int], processors: int) -> list[int]:
@@ -228,13 +230,6 @@ def _more_than_half(most_shared: int) -> int:
     return most_shared // 2 + 1024
 
 
-def _kept_steps(matrix: KernelMatrix, cuts: Sequence[Cut]) -> int:
-    """Steps of a turn whose numbers of x every thread keeps; 0 where they are too many or differ."""
-    same = len({cut.steps for cut in cuts}) == 1
-    fits_registers = cuts[0].steps * _lane_columns(matrix) <= MOST_KEPT
-    return cuts[0].steps if cuts[0].batch == 1 and same and fits_registers else 0
-
-
 def _lane_columns(matrix: KernelMatrix) -> int:
     return 4 if matrix.defines["STEP_BITS"] else 8
 
@@ -247,13 +242,12 @@ def _cut(matrix: KernelMatrix, batch: int, tiles: int, processors: int, threads:
     slices, units = -(-m.group_size // slice_columns) * m.groups, -(-m.units // batch)
     across = _warps_across(slices, units, warps, processors, TURN_COSTS[batch > 1])
     part_pairs, turns = _parts(pairs, warps, batch, tiles)
-    steps = -(-slices // across)
     parts = 2 * warps + turns * part_pairs * 2 * (warps // across) * batch * batch * tiles * (across + 1)
-    columns = steps * across * slice_columns
+    columns = -(-slices // across) * across * slice_columns
     stage = lane_words(d) * 4 * threads
     words = max(2, min(8, stages // stage)) * stage
     shared = matrix.table_bytes * d["COPIES"] + words + (0 if batch > 1 else 2 * columns) + 4 * parts
-    return Cut(batch, tiles, threads, stages, across, steps, min(units, processors), shared, columns)
+    return Cut(batch, tiles, threads, stages, across, min(units, processors), shared, columns)
 
 
 def _cut_rows(pairs: int, units: int, count: int, processors: int) -> tuple[int, int]:
