@@ -43,6 +43,26 @@ def kernel_device(monkeypatch) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def emulated(monkeypatch) -> None:
+    """CUDA sources run on the CPU, on three processors, and packed linears there take them."""
+    from tests.nn.cuda_on_cpu import can_emulate, get_emulated
+    from vptq.nn.kernels import attention, products, turns
+    from vptq.nn.kernels.fused import fused_linear
+    from vptq.nn.kernels.nvrtc import Limits
+    from vptq.nn.vquant_linear import VQuantLinear
+
+    if not can_emulate():
+        pytest.skip("needs g++ on x86-64")
+    for module in (products, turns, attention):
+        monkeypatch.setattr(module, "get_kernel", get_emulated)
+    for module in (products, attention):
+        monkeypatch.setattr(module, "limits_of", lambda device: Limits(processors=3, shared=227 << 10))
+    monkeypatch.setattr(
+        VQuantLinear, "fused_form", lambda self, dtype: fused_linear(self.stored_tensors(), self.layer_config, dtype)
+    )
+
+
 def _reduce_whole(self, inputs):
     """The interpreter's reduction by a function of ours, which it applies number by number, for whole slices at a time."""
     slices = [np.moveaxis(given.handle.data, self.axis, 0) for given in inputs]

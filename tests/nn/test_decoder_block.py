@@ -9,14 +9,9 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
-from tests.nn.cuda_on_cpu import can_emulate, get_emulated
 from tests.nn.test_fused import random_module, relative
 from vptq.nn.decoder_block import fused_block
-from vptq.nn.kernels import attention, products, turns
 from vptq.nn.kernels.attention import Heads, attend
-from vptq.nn.kernels.fused import fused_linear
-from vptq.nn.kernels.nvrtc import Limits
-from vptq.nn.vquant_linear import VQuantLinear
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -27,20 +22,6 @@ MODELS = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),  # with biases
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=64)),  # with norms of heads
 }
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    """The CUDA sources run on the CPU, and packed linears there take them."""
-    if not can_emulate():
-        pytest.skip("needs g++ on x86-64")
-    for module in (products, turns, attention):
-        monkeypatch.setattr(module, "get_kernel", get_emulated)
-    for module in (products, attention):
-        monkeypatch.setattr(module, "limits_of", lambda device: Limits(processors=3, shared=227 << 10))
-    monkeypatch.setattr(
-        VQuantLinear, "fused_form", lambda self, dtype: fused_linear(self.stored_tensors(), self.layer_config, dtype)
-    )
 
 
 def exact_attention(q, k, v, rotary, cache, position, heads):

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.nn.cuda_on_cpu import can_emulate, get_emulated
 from tests.nn.test_vectors import FORM, vector_matrix
 from vptq.config import LinearConfig
 from vptq.geometry import plan_geometry
@@ -128,16 +127,6 @@ def test_linears_err_no_more_than_twice_as_torch_does(setting, shape, dtype, gen
 
 
 EMULATED = ["v6k4096", "groups and residual", "outliers of 4, v = 10", "rotated", "trellis 2", "trellis 5"]
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    """The CUDA sources run on the CPU."""
-    if not can_emulate():
-        pytest.skip("needs g++ on x86-64")
-    for module in (products, turns):
-        monkeypatch.setattr(module, "get_kernel", get_emulated)
-    monkeypatch.setattr(products, "limits_of", lambda device: Limits(processors=3, shared=227 << 10))
 
 
 @pytest.mark.parametrize("setting", [s if s in EMULATED else pytest.param(s, marks=pytest.mark.slow) for s in SETTINGS])

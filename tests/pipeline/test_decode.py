@@ -59,6 +59,39 @@ def test_draws_have_the_odds_of_the_logits(device):
     assert (choose(logits[None]) == 0).all() and (choose(logits[None], 1e-6) == 0).all()
 
 
+def check_stand_in(model, monkeypatch):
+    """Fused blocks are taken where they agree with the model's own, and its own are back afterwards."""
+    decoder = StaticDecoder(model, 20, graph=False)
+    with torch.no_grad():
+        decoder._logits(model, decoder.token, decoder.position)
+        assert len(decoder._agreeing_blocks()) == model.config.num_hidden_layers
+        assert not any("forward" in vars(layer) for layer in model.model.layers)
+        decoder.blocks = blocks = decoder._agreeing_blocks()
+        called = []
+        monkeypatch.setattr(type(blocks[0]), "__call__", lambda self, x, **_: called.append(self) or x)
+        decoder.start(torch.ones(1, 3, dtype=torch.int64))
+        decoder.step()
+        assert called == blocks, "each once, in the step and not for the prompt"
+        assert not decoder._agreeing_blocks(), "what computes something else is not taken"
+        monkeypatch.setattr(model.config, "hidden_act", "gelu")
+        assert not decoder._fused_blocks()
+
+
+def test_fused_blocks_stand_in_for_the_models_own(tmp_path, emulated, monkeypatch):
+    from vptq.pipeline import decode
+
+    monkeypatch.setattr(decode, "kernels_run", lambda device: True)
+    model = load_whole(str(make_tiny_llama(tmp_path / "m", dtype=torch.bfloat16, head_dim=32)), "cpu")
+    check_stand_in(model.bfloat16(), monkeypatch)
+
+
+@pytest.mark.gpu
+def test_fused_blocks_stand_in_on_a_gpu(tmp_path, monkeypatch):
+    model = load_whole(str(make_tiny_llama(tmp_path / "m", head_dim=32)), "cuda")
+    assert len(StaticDecoder(model, 20).blocks) == 2 and not StaticDecoder(model, 20, fused=False).blocks
+    check_stand_in(model, monkeypatch)
+
+
 def test_a_model_that_keeps_a_window_has_no_decoder(tmp_path):
     model = load_whole(str(make_tiny_llama(tmp_path / "m")), "cpu")
     model.config.layer_types = ["sliding_attention", "full_attention"]

@@ -174,19 +174,14 @@ def weight(matrix: KernelMatrix, scale: Tensor | None, offset: Tensor | None, ro
     vector = d["WIDE"] if d["STEP_BITS"] else d["EVEN"]
     vector = vector and out.stride(0) % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (out, scale, offset))
     scaled = any(tensor is not None for tensor in (scale, offset, row_scale))
-    shared = matrix.table_bytes * d["COPIES"]
-    defines = d | {
-        "THREADS": MOST_THREADS,
-        "BLOCKS": 1 if 2 * shared > SHARED_OF_TWO or d["RES_BITS"] else 2,
-        "SCALED": int(scaled),
-        "VECTOR": int(vector),
-    }
+    defines = d | {"THREADS": MOST_THREADS, "SCALED": int(scaled), "VECTOR": int(vector)}
     struct = _WeightStruct(
         m=matrix.struct, out=out.data_ptr(), scale=pointer(scale), offset=pointer(offset), row_scale=pointer(row_scale),
         stride=out.stride(0), scale_step=_scale_step(row_scale),
     )  # fmt: skip
-    kernel = _kernel("weight", defines, out.device, "weight.cu")
-    kernel.launch((limits_of(out.device).processors * defines["BLOCKS"], 1, 1), MOST_THREADS, shared, [struct])
+    shared = matrix.table_bytes * d["COPIES"]
+    blocks = limits_of(out.device).processors * (1 if 2 * shared > SHARED_OF_TWO else 2)
+    _kernel("weight", defines, out.device, "weight.cu").launch((blocks, 1, 1), MOST_THREADS, shared, [struct])
 
 
 def share_out(units: Sequence[int], processors: int) -> list[int]:

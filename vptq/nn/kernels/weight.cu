@@ -1,6 +1,5 @@
 // A packed matrix in full, (out_features, columns) of 16 bits, columns in stored order: a warp writes a unit's rows of a slice.
 //   SCALED   1: columns have a scale and an offset, or rows a scale
-//   BLOCKS   on one processor at a time
 //   VECTOR   1: rows of `out` may be written LANE_COLUMNS numbers at a time
 
 struct Weight {
@@ -57,50 +56,30 @@ template <int PAIR> DEVICE void decode_all(const u32 (&q)[LANE_WORDS], const Tab
   }
 }
 
-// What a warp works on: a unit's rows, a slice of its columns, of which this lane has `count` from `column` on.
-struct Item {
-  int unit, group, column, count;
-  DEVICE Item(const Matrix& m, i64 item, int slices, int group_slices, int lane) {
-    unit = int(item / slices);
-    const int slice = int(item - i64(unit) * slices);
-    group = slice / group_slices;
-    column = (slice - group * group_slices) * WARP_COLUMNS + lane * LANE_COLUMNS;
-    count = m.group_size - column;
-  }
-  DEVICE void read(const Matrix& m, u32 (&q)[LANE_WORDS]) const {
+extern "C" __global__ void __launch_bounds__(THREADS) weight(const __grid_constant__ Weight w) {
+  DYNAMIC_SHARED(u32x4, shared);
+  const Matrix& m = w.m;
+  let_next_begin();
+  fill_tables(m, (char*)shared);
+  close_copies();
+  wait_for_inputs();
+  await_copies<0>();
+  __syncthreads();
+  const int lane = threadIdx.x % 32, group_slices = (m.group_size + WARP_COLUMNS - 1) / WARP_COLUMNS, slices = group_slices * m.groups;
+  const i64 items = i64(m.units) * slices, step = i64(gridDim.x) * (THREADS / 32);
+  for (i64 item = blockIdx.x * (THREADS / 32) + threadIdx.x / 32; item < items; item += step) {
+    const int unit = int(item / slices), slice = int(item - i64(unit) * slices), group = slice / group_slices;
+    const int column = (slice - group * group_slices) * WARP_COLUMNS + lane * LANE_COLUMNS, count = m.group_size - column;
+    if (count <= 0) continue;
+    u32 q[LANE_WORDS];
 #if STEP_BITS
     read_words(m, unit * UNIT_WORDS * m.row_words + column, unit, 0, q);
 #else
     read_words(m, (group * m.units + unit) * m.row_words + (column * INDEX_BITS >> 5), unit, column * INDEX_BITS & 31, q);
 #endif
-  }
-};
-
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) weight(const __grid_constant__ Weight w) {
-  DYNAMIC_SHARED(u32x4, shared);
-  const Matrix& m = w.m;
-  const int lane = threadIdx.x % 32, group_slices = (m.group_size + WARP_COLUMNS - 1) / WARP_COLUMNS, slices = group_slices * m.groups;
-  const i64 items = i64(m.units) * slices, step = i64(gridDim.x) * (THREADS / 32);
-  i64 item = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
-  let_next_begin();
-  fill_tables(m, (char*)shared);
-  close_copies();
-  u32 q[LANE_WORDS], next[LANE_WORDS];
-  Item own(m, item, slices, group_slices, lane);
-  if (item < items && own.count > 0) own.read(m, next);
-  wait_for_inputs();
-  await_copies<0>();
-  __syncthreads();
-  for (; item < items; item += step) {
-    const Item now = own;
-#pragma unroll
-    for (int i = 0; i < LANE_WORDS; i++) q[i] = next[i];
-    own = Item(m, item + step, slices, group_slices, lane);
-    if (item + step < items && own.count > 0) own.read(m, next);  // ahead of the work on this one
-    if (now.count <= 0) continue;
     Pairs a[COLUMN_PAIRS], b[COLUMN_PAIRS];
-    decode_all<0>(q, tables_of(m, (const char*)shared, now.group), a, b);
-    const int first = now.group * m.group_size + now.column, count = now.count;
+    decode_all<0>(q, tables_of(m, (const char*)shared, group), a, b);
+    const int first = group * m.group_size + column;
 #if SCALED
     u32 scale[COLUMN_PAIRS], offset[COLUMN_PAIRS];
 #pragma unroll
@@ -111,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) weight(const __gri
 #endif
 #pragma unroll
     for (int i = 0; i < UNIT_ROWS; i++) {
-      const int row = now.unit * UNIT_ROWS + i;
+      const int row = unit * UNIT_ROWS + i;
       if (row < m.out_features) {
         u32 pairs[COLUMN_PAIRS];
 #if SCALED
