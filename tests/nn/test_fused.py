@@ -37,6 +37,7 @@ SETTINGS = {
     "outliers": {"vector_lens": (4, 8), "num_centroids": (4096, 4096), "npercent": 2},
     "outliers of 4, v = 6": {"vector_lens": (4, 6), "num_centroids": (128, 4096), "npercent": 1, "group_num": 2},
     "outliers of 4, v = 10": {"vector_lens": (4, 10), "num_centroids": (16, 256), "npercent": 3},
+    "outliers as they come": {"vector_lens": (4, 8), "num_centroids": (64, 64), "npercent": 2, "enable_perm": False},
     "codebook in 8 bits": {"vector_lens": (-1, 8), "num_centroids": (-1, 1024), "bitwidth": 8},
     "no scale, no order": {"vector_lens": (-1, 8), "num_centroids": (-1, 256), "enable_norm": False, "enable_perm": False},
     "inputs": {"vector_lens": (-1, 8), "num_centroids": (-1, 512), "vector_quant_dim": "in"},
@@ -126,7 +127,15 @@ def test_linears_err_no_more_than_twice_as_torch_does(setting, shape, dtype, gen
         assert relative(stored, exact.double()) <= 2 * relative(exact.to(dtype), exact.double())
 
 
-EMULATED = ["v6k4096", "groups and residual", "outliers of 4, v = 10", "rotated", "trellis 2", "trellis 5"]
+EMULATED = [
+    "v6k4096",
+    "groups and residual",
+    "outliers of 4, v = 10",
+    "outliers as they come",
+    "rotated",
+    "trellis 2",
+    "trellis 5",
+]
 
 
 @pytest.mark.parametrize("setting", [s if s in EMULATED else pytest.param(s, marks=pytest.mark.slow) for s in SETTINGS])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
@@ -164,7 +165,7 @@ class StaticDecoder:
     @torch.no_grad()
     def _capture(self) -> None:
         self._reset()
-        side = torch.cuda.Stream()
+        side = _side_stream(self.token.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_STEPS):
@@ -172,7 +173,7 @@ class StaticDecoder:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=side):
                 self._step()
         except RuntimeError as error:
             raise ValueError(f"its step can't be captured: {str(error).splitlines()[0]}") from error
@@ -194,6 +195,12 @@ def _in_place(model: Any, blocks: Sequence[FusedBlock]) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all decoders of a device: the libraries keep memory for every stream."""
+    return torch.cuda.Stream(device)
 
 
 def make_decoder(model: Any, length: int, temperature: float, top_p: float, compiled: bool = False) -> StaticDecoder | None:
