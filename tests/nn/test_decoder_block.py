@@ -169,6 +169,7 @@ def test_what_the_kernels_do_not_know_is_left_alone(generator, emulated):
     assert not made(lambda layer: layer.mlp.register_forward_hook(print))
     assert not made(lambda layer: setattr(layer.mlp, "up_proj", torch.nn.Identity()))
     assert not made(lambda layer: layer.input_layernorm.float())
+    assert not made(lambda layer: layer.mlp.up_proj.register_parameter("bias", torch.nn.Parameter(torch.zeros(192))))
     assert not made(lambda layer: setattr(layer.self_attn, "num_key_value_groups", 9))
     assert not made(lambda layer: None, dim=48)
     assert not made(lambda layer: None, dtype=torch.float32)

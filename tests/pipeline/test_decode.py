@@ -46,6 +46,16 @@ def packed_llama(tiny_llama, text_file, tmp_path_factory):
     return quantize_model(config_of(tiny_llama, text_file, tmp_path_factory.mktemp("out"))).folder / "packed_model"
 
 
+def test_a_text_does_not_run_over_its_end(tiny_llama):
+    decoder = StaticDecoder(load_whole(str(tiny_llama), "cpu").float(), 100, graph=False)
+    with pytest.raises(ValueError, match="256 tokens"):
+        decoder.start(torch.ones(1, 257, dtype=torch.int64))
+    decoder.start(torch.ones(1, 255, dtype=torch.int64))
+    decoder.step()
+    with pytest.raises(ValueError, match="256 tokens"):
+        decoder.step()
+
+
 def test_draws_have_the_odds_of_the_logits(device):
     logits = torch.tensor([3.0, 1.0, 2.0, -4.0]).to(device)
     torch.manual_seed(0)
@@ -72,7 +82,12 @@ def check_stand_in(model, monkeypatch):
         decoder.start(torch.ones(1, 3, dtype=torch.int64))
         decoder.step()
         assert called == blocks, "each once, in the step and not for the prompt"
-        assert not decoder._agreeing_blocks(), "what computes something else is not taken"
+        with pytest.warns(UserWarning, match="without fused blocks: they don't compute"):
+            assert not decoder._agreeing_blocks()
+        monkeypatch.setattr(type(blocks[0]), "__call__", lambda self, x, **_: x.no_such_thing)
+        with pytest.warns(UserWarning, match="without fused blocks: .*no_such_thing"):
+            assert not decoder._agreeing_blocks()
+        assert not any("forward" in vars(layer) for layer in model.model.layers)
         monkeypatch.setattr(model.config, "hidden_act", "gelu")
         assert not decoder._fused_blocks()
 

@@ -76,8 +76,8 @@ class FusedBlock:
         """(1, 1, hidden) -> (1, 1, hidden), the block's own arguments; masks and caches that it is given are not looked at."""
         x = hidden_states.reshape(1, -1)
         cosine, sine = (t.reshape(-1) for t in position_embeddings)
-        if len(cosine) != self._heads.dim or cosine.dtype != x.dtype:
-            raise ValueError("rotary embeddings of another kind than the kernels'")
+        if len(cosine) != self._heads.dim or {cosine.dtype, x.dtype} != {self._cache[0].dtype}:
+            raise ValueError("hidden states or rotary embeddings are of another kind than the kernels'")
         (first, epsilon), (second, second_epsilon) = self._norms
         q, k, v = _all_of(self._queries, x, normed(first, epsilon))
         mixed = attend(q, k, v, (cosine, sine), self._cache, self._position, self._heads, self._arrived)
@@ -131,7 +131,9 @@ def fused_block(layer: Any, cache: tuple[Tensor, Tensor], position: Tensor, arri
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether somebody wants to know when the module is called, or does something else then (offloading, adapters)."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") or "forward" in vars(module))
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    ours = all(getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)  # that collects when asked to
+    return not ours or hasattr(module, "_hf_hook") or "forward" in vars(module)
 
 
 def _projections(linears: Sequence[nn.Module], dtype: torch.dtype) -> list[Projection]:
@@ -139,6 +141,8 @@ def _projections(linears: Sequence[nn.Module], dtype: torch.dtype) -> list[Proje
     found: list[Projection] = []
     for linear in linears:
         bias: Tensor | None = getattr(linear, "bias", None)
+        if bias is not None and bias.dtype != dtype:
+            return []
         if type(linear) is nn.Linear and linear.weight.dtype == dtype:
             found.append(Projection([], [bias], linear.weight))
             continue

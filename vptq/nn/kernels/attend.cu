@@ -38,7 +38,7 @@ DEVICE void read_numbers(const u16* p, float (&v)[8]) {
 DEVICE void place_head(const Attention& a, const u16* from, const u16* norm, float* to) {
   constexpr int OWN = DIM / 32;
   const int lane = threadIdx.x % 32;
-  float factor = 1;
+  float factor = 1;  // of the norm
   if (NORM) {
     float squares = 0;
 #pragma unroll
@@ -48,12 +48,12 @@ DEVICE void place_head(const Attention& a, const u16* from, const u16* norm, flo
     }
     factor = rsqrtf(sum_of_warp(squares) / DIM + a.epsilon);
   }
+  auto get = [&](int at) { return widened<BF16>(from[at]) * (NORM ? widened<BF16>(norm[at]) * factor : 1.f); };
 #pragma unroll
   for (int i = 0; i < OWN; i++) {
-    const int at = lane + 32 * i, other = (at + DIM / 2) % DIM;
-    const float w = NORM ? widened<BF16>(norm[at]) * factor : 1.f, other_w = NORM ? widened<BF16>(norm[other]) * factor : 1.f;
-    const float v = widened<BF16>(from[at]) * w, o = widened<BF16>(from[other]) * other_w;
-    to[at] = v * widened<BF16>(a.cosine[at]) + (at < DIM / 2 ? -o : o) * widened<BF16>(a.sine[at]);
+    const int at = lane + 32 * i;
+    const float other = get((at + DIM / 2) % DIM);
+    to[at] = get(at) * widened<BF16>(a.cosine[at]) + (at < DIM / 2 ? -other : other) * widened<BF16>(a.sine[at]);
   }
 }
 
@@ -156,10 +156,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_consta
     const int h = at / DIM, i = at % DIM;
     float best, weight;
     const float sum = add_parts<false>(streams[0][h], STREAMS, HEADS * PART, i, best, weight);
-    if (splits == 1) out[at] = narrowed<BF16>(sum / weight);
-    float* part = parts + (split * HEADS + h) * PART;
-    part[i] = sum;
-    if (!i) part[DIM] = best, part[DIM + 1] = weight;
+    if (splits == 1) {
+      out[at] = narrowed<BF16>(sum / weight);
+    } else {
+      float* part = parts + (split * HEADS + h) * PART;
+      part[i] = sum;
+      if (!i) part[DIM] = best, part[DIM + 1] = weight;
+    }
   }
   if (splits == 1) return;
   __threadfence();

@@ -101,25 +101,21 @@ def few_rows(
         last = (bias, residual) if turned is None else (None, None)
         factors.append(Factor(linear.main, linear.main_columns, Rows(added, linear.row_scale, *last)))
     found = products(x, factors, out, given)
-    return [
-        y if work is None else work
-        for y, work in zip(found, _turned_back(found, down, first.dtype, biases, residual), strict=True)
-    ]
+    return found if down[0] is None else _turned_back(found, down, first.dtype, biases, residual)
 
 
 def _turned_back(
     found: Sequence[Tensor], rotations: Sequence[Rotation | None], dtype: torch.dtype, biases: Sequence[Tensor | None],
     residual: Tensor | None,
-) -> list[Tensor | None]:  # fmt: skip
-    """Rᵀ y + bias + residual of each, those of one size in one launch; None where nothing is rotated."""
+) -> list[Tensor]:  # fmt: skip
+    """Rᵀ y + bias + residual of each, those of one size in one launch."""
     groups: dict[tuple[int, int], list[int]] = {}
-    for i, rotation in enumerate(rotations):
-        if rotation is not None:
-            groups.setdefault((rotation.size, rotation.blocks), []).append(i)
-    turned: list[Tensor | None] = [None] * len(found)
+    works = [Turn(y, r, bias, residual) for y, r, bias in zip(found, rotations, biases, strict=True) if r is not None]
+    for i, work in enumerate(works):
+        groups.setdefault((work.rotation.size, work.rotation.blocks), []).append(i)
+    turned = list(found)
     for members in groups.values():
-        works = [Turn(found[i], rotation, biases[i], residual) for i in members if (rotation := rotations[i]) is not None]
-        for i, y in zip(members, turns(works, dtype, True), strict=True):
+        for i, y in zip(members, turns([works[i] for i in members], dtype, True), strict=True):
             turned[i] = y
     return turned
 

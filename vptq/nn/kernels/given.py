@@ -22,6 +22,11 @@ class Given:
     beside: Tensor | None = None
     epsilon: float = 0.0
 
+    def check(self, x: Tensor) -> None:
+        """Whether kernels can do this to x, (n, columns); an error of ours where not."""
+        beside = self.beside
+        assert beside is None or (len(x) == 1 and x.dtype == beside.dtype and beside.is_contiguous())
+
 
 AS_IT_IS = Given()
 

@@ -53,7 +53,7 @@ def taken_apart(fused: FusedLinear) -> tuple[list[Tensor], str]:
         matrix = getattr(fused, side)
         if matrix is not None:
             form[side] = {
-                "defines": matrix.defines, "columns": matrix.columns, "table_bytes": matrix.table_bytes,
+                "defines": matrix.defines, "table_bytes": matrix.table_bytes,
                 "sizes": {name: getattr(matrix.struct, name) for name in SIZES},
             }  # fmt: skip
             for name in ("words", "main", "residual"):
@@ -92,7 +92,7 @@ def _matrix(tensors: Parts, said: dict[str, Any], side: str) -> KernelMatrix:
         residual=None if residual is None else residual.data_ptr(),
         **form["sizes"],
     )
-    return KernelMatrix(words, main, residual, form["defines"], struct, form["columns"], form["table_bytes"])
+    return KernelMatrix(words, main, residual, form["defines"], struct, form["table_bytes"])
 
 
 def _columns(tensors: Parts, said: dict[str, Any], side: str) -> Columns:

@@ -39,7 +39,7 @@ class KernelMatrix:
     Attributes:
         words: as in `VectorMatrix` or `RingMatrix`. main, residual: (groups, entries, entry) of 16 bits a number.
         defines: what decode.cuh is compiled with. struct: what it is given.
-        columns: of the matrix. table_bytes: of its codebooks, once.
+        table_bytes: of its codebooks, once.
     """
 
     words: Tensor
@@ -47,7 +47,6 @@ class KernelMatrix:
     residual: Tensor | None
     defines: dict[str, int]
     struct: MatrixStruct
-    columns: int
     table_bytes: int
 
     @property
@@ -141,7 +140,7 @@ def _assembled(
         row_words=row_words, units=units, out_features=out_features, groups=groups, group_size=group_size,
         ring_words=ring_words, last_words=words.numel() - at_once,
     )  # fmt: skip
-    return KernelMatrix(words, main, residual, defines, struct, groups * group_size, size)
+    return KernelMatrix(words, main, residual, defines, struct, size)
 
 
 def _padded(book: Tensor, entry: int, dtype: torch.dtype) -> Tensor:

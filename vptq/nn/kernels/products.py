@@ -124,6 +124,7 @@ def products(x: Tensor, factors: Sequence[Factor], out: torch.dtype, given: Give
         factors: up to MOST_MATRICES, with equal `defines`. out: the codebooks' type or float32.
         given: what x goes through before that; anything but AS_IT_IS only for one row of 16-bit numbers.
     """
+    given.check(x)
     count, device = len(x), x.device
     limits = limits_of(device)
     shares = share_out([factor.matrix.struct.units for factor in factors], limits.processors)
@@ -225,15 +226,11 @@ def _more_than_half(most_shared: int) -> int:
     return most_shared // 2 + 1024
 
 
-def _lane_columns(matrix: KernelMatrix) -> int:
-    return 4 if matrix.defines["STEP_BITS"] else 8
-
-
 def _cut(matrix: KernelMatrix, batch: int, tiles: int, processors: int, threads: int, stages: int) -> Cut:
     d, m = matrix.defines, matrix.struct
     warps = threads // 32
     pairs = -(-matrix.unit_rows // 2)
-    slice_columns = 32 * _lane_columns(matrix) // batch
+    slice_columns = 32 * (4 if d["STEP_BITS"] else 8) // batch
     slices, units = -(-m.group_size // slice_columns) * m.groups, -(-m.units // batch)
     across = _warps_across(slices, units, warps, processors, TURN_COSTS[batch > 1])
     part_pairs, turns = _parts(pairs, warps, batch, tiles)

@@ -74,6 +74,7 @@ def turn_back(work: Turn, out: torch.dtype) -> Tensor:
 
 def turns(works: Sequence[Turn], out: torch.dtype, back: bool, given: Given = AS_IT_IS) -> list[Tensor]:
     """As `turn` or `turn_back`, several x of one shape, (n, size), in as few launches as can be."""
+    given.check(works[0].x)
     found = [torch.empty(work.x.shape, dtype=out, device=work.x.device) for work in works]
     count = len(works[0].x)
     step = min(MOST_TURNS, len(works)) if count < MANY_ROWS else 1
@@ -105,7 +106,7 @@ def _launch(works: Sequence[Turn], ys: Sequence[Tensor], back: bool, given: Give
     kernel.launch(grid, run, 0, [struct])
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # captured steps read them: never dropped
 def _sign_bits(rotation: Rotation, height: int, run: int, device: torch.device) -> Tensor:
     """Signs as the kernel reads them: (blocks, words of 32, run) int32, bit k for row k of `height`."""
     signs = random_signs(rotation.size, rotation.seed, rotation.side, torch.device("cpu"))
@@ -116,7 +117,7 @@ def _sign_bits(rotation: Rotation, height: int, run: int, device: torch.device) 
         return torch.where(words >= 1 << 31, words - (1 << 32), words).to(device, torch.int32)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _small_matrix(rotation: Rotation, height: int, run: int, device: torch.device) -> Tensor:
     """What is left of the mixing when runs are mixed by Hadamard's matrix, over the root of `run`: (height, height) float32."""
     odd, _ = odd_part(rotation.size // rotation.blocks)
