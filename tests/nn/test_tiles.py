@@ -52,6 +52,19 @@ def test_vectors(form, dtype, generator, kernel_device):
     check(matrix, vector_weight, generator, kernel_device)
 
 
+@pytest.mark.parametrize("form, sums", [("along inputs, partial sums", 2), ("along inputs", 0)])
+def test_partial_sums_are_taken_where_there_are_few(form, sums, generator, kernel_device, monkeypatch):
+    from vptq.nn.kernels import tiles
+
+    called = []
+    real = tiles.partial_sums
+    monkeypatch.setattr(tiles, "partial_sums", lambda *given: called.append(1) or real(*given))
+    matrix = vector_matrix(form, generator, kernel_device)[0]
+    x = torch.randn(2, matrix.group_size * len(matrix.words), generator=generator).to(kernel_device)
+    tiles.product_by_kernel(x, matrix)
+    assert len(called) == sums
+
+
 @pytest.mark.parametrize("state_bits, step_bits, vector_len", RINGS)
 def test_rings(state_bits, step_bits, vector_len, generator, kernel_device):
     matrix = ring_matrix(state_bits, step_bits, vector_len, generator, kernel_device)

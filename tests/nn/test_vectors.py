@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from vptq.nn import vectors
 from vptq.nn.packing import pack_bits
-from vptq.nn.vectors import VectorMatrix, vector_product, vector_weight
+from vptq.nn.vectors import VectorMatrix, partial_sums_pay, vector_product, vector_weight
 
 FORMS = {  # out_features, group_size, groups, vector_len, along_out, main bits, residual bits
     "plain": (48, 64, 1, 8, True, 12, 0),
@@ -17,6 +18,8 @@ FORMS = {  # out_features, group_size, groups, vector_len, along_out, main bits,
     "groups and residual": (41, 24, 2, 4, True, 7, 3),
     "along inputs": (20, 48, 1, 8, False, 11, 0),
     "along inputs, padded": (21, 50, 2, 16, False, 6, 4),
+    "along inputs, partial sums": (90, 50, 2, 8, False, 6, 4),
+    "along inputs, one codebook": (70, 48, 1, 6, False, 6, 0),
 }
 FORM = pytest.mark.parametrize("form", FORMS, ids=lambda f: f.replace(" ", "-"))
 
@@ -67,3 +70,18 @@ def test_product_is_that_with_the_matrix(form, count, generator, device, monkeyp
     torch.testing.assert_close(vector_product(x, matrix).double(), expected, rtol=1e-4, atol=1e-4)
     half = vector_product(x.bfloat16(), matrix)
     assert half.dtype == torch.bfloat16 and half.shape == (count, matrix.out_features)
+
+
+def test_partial_sums_are_taken_where_there_are_few(generator, monkeypatch):
+    called = []
+    real = vectors.partial_sums
+    monkeypatch.setattr(vectors, "partial_sums", lambda *given: called.append(1) or real(*given))
+    for form, sums in (("along inputs, partial sums", 2), ("along inputs, one codebook", 1), ("along inputs", 0), ("plain", 0)):
+        matrix, _, _ = vector_matrix(form, generator, torch.device("cpu"))
+        called.clear()
+        vector_product(torch.randn(2, matrix.group_size * len(matrix.words), generator=generator), matrix)
+        assert len(called) == sums
+    matrix, _, _ = vector_matrix("along inputs, one codebook", generator, torch.device("cpu"))
+    assert partial_sums_pay(12, matrix) and not partial_sums_pay(0, matrix)
+    monkeypatch.setattr(vectors, "MOST_PARTIAL", 12 * 8 * 64 - 1)
+    assert partial_sums_pay(11, matrix) and not partial_sums_pay(12, matrix)

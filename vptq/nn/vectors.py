@@ -18,6 +18,7 @@ from vptq.quantize.result import lay_out, look_up
 CHUNK_WEIGHTS = 1 << 20
 BAG_INDICES = 1 << 16  # looked up at once: they stay in a core's cache, and torch keeps to one thread that long
 MOST_ROWS = 16  # of x that the GPU's kernels take in one launch
+MOST_PARTIAL = 1 << 25  # numbers of the tables of partial sums
 FEW_ROWS = 12  # of x, for which sums of centroids are cheaper than unpacking: measured, docs/performance.md
 
 
@@ -90,8 +91,9 @@ def vector_weight(matrix: VectorMatrix) -> Tensor:
 def vector_product(x: Tensor, matrix: VectorMatrix) -> Tensor:
     """x Wᵀ: (n, groups · group_size) float -> (n, out_features), in x's type; the arithmetic is in that of the codebooks."""
     wide = x.to(matrix.dtype)
-    if matrix.along_out and sums_pay(len(x), x.device):
-        return _sums_of_centroids(wide, matrix).to(x.dtype)
+    if sums_pay(len(x), x.device) and (matrix.along_out or partial_sums_pay(len(x), matrix)):
+        sums = _sums_of_centroids if matrix.along_out else _sums_of_partial_sums
+        return sums(wide, matrix).to(x.dtype)
     return multiply(wide, _parts(matrix), matrix.out_features).to(x.dtype)
 
 
@@ -135,6 +137,52 @@ def _sums_of_centroids(x: Tensor, matrix: VectorMatrix) -> Tensor:
                 if matrix.residual is not None and second is not None:
                     own += bags(second, matrix.residual[group], factors)
     return sums.flatten(1)[:, : matrix.out_features].contiguous()
+
+
+def partial_sums_pay(count: int, matrix: VectorMatrix) -> bool:
+    """Whether a product with `count` rows of x, for vectors along inputs, is better made of `partial_sums`.
+
+    They are as many as products with so many outputs as there are centroids.
+    """
+    books = [book for book in (matrix.main, matrix.residual) if book is not None]
+    most = max(book.shape[1] for book in books)
+    return (
+        0 < count * matrix.vector_columns * most <= MOST_PARTIAL and sum(book.shape[1] for book in books) <= matrix.out_features
+    )
+
+
+def partial_sums(x: Tensor, book: Tensor, matrix: VectorMatrix) -> Tensor:
+    """What every centroid makes of every run of inputs, for a matrix whose vectors lie along them.
+
+    Args:
+        x: (n, groups · group_size) and book: (groups, k, v), of one float type.
+    Returns:
+        (groups, k, vector columns, n).
+    """
+    count, groups = len(x), len(book)
+    runs = torch.nn.functional.pad(
+        x.reshape(count, groups, -1), (0, matrix.vector_columns * matrix.vector_len - matrix.group_size)
+    )
+    runs = runs.view(count, groups, matrix.vector_columns, matrix.vector_len).permute(1, 3, 2, 0)
+    return (book @ runs.reshape(groups, matrix.vector_len, -1)).view(groups, -1, matrix.vector_columns, count)
+
+
+def _sums_of_partial_sums(x: Tensor, matrix: VectorMatrix) -> Tensor:
+    """An output is the sum of what its centroids make of the inputs, each made once: indices are only looked up."""
+    groups, rows, _ = matrix.words.shape
+    step = max(1, BAG_INDICES // matrix.vector_columns)
+    tables = [None if book is None else partial_sums(x, book, matrix) for book in (matrix.main, matrix.residual)]
+    columns = torch.arange(matrix.vector_columns, device=x.device)
+    sums = x.new_zeros(rows, len(x))
+    for group in range(groups):
+        for start in range(0, rows, step):
+            for indices, table in zip(matrix.indices(group, slice(start, start + step)), tables, strict=True):
+                if indices is not None and table is not None:
+                    places = indices * matrix.vector_columns + columns
+                    sums[start : start + step] += torch.nn.functional.embedding_bag(
+                        places, table[group].flatten(0, 1), mode="sum"
+                    )
+    return sums.T.contiguous()
 
 
 def bags(indices: Tensor, table: Tensor, factors: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from vptq.geometry import WORD_BITS
 from vptq.nn.rings import RingMatrix
-from vptq.nn.vectors import MOST_ROWS, VectorMatrix
+from vptq.nn.vectors import MOST_ROWS, VectorMatrix, partial_sums, partial_sums_pay
 from vptq.quantize.kernels.launch import current_device, num_programs
 
 ROWS = 32  # of the matrix, in a tile
 COLUMNS = 64
+LOOK_UP_ROWS = 8
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -36,6 +37,8 @@ def weight_by_kernel(matrix: VectorMatrix | RingMatrix) -> Tensor:
 
 def product_by_kernel(x: Tensor, matrix: VectorMatrix | RingMatrix) -> Tensor:
     """x Wᵀ: (n, columns) float -> (n, out_features), in x's type, n at most MOST_ROWS; sums in float32."""
+    if isinstance(matrix, VectorMatrix) and not matrix.along_out and partial_sums_pay(len(x), matrix):
+        return product_of_partial_sums(x, matrix)
     tensors, sizes, columns = _arguments(matrix)
     y = torch.empty(len(x), matrix.out_features, dtype=x.dtype, device=x.device)
     if y.numel():
@@ -44,6 +47,22 @@ def product_by_kernel(x: Tensor, matrix: VectorMatrix | RingMatrix) -> Tensor:
                 x, y, *tensors, len(x), x.stride(0), x.stride(1), matrix.out_features, columns,
                 ROWS=ROWS, COLUMNS=COLUMNS, MOST=MOST_ROWS, **sizes,
             )  # fmt: skip
+    return y
+
+
+def product_of_partial_sums(x: Tensor, matrix: VectorMatrix) -> Tensor:
+    """As `product_by_kernel`, for vectors along inputs: what centroids make of runs of inputs is made once, then looked up."""
+    books = [matrix.main] if matrix.residual is None else [matrix.main, matrix.residual]
+    tables = [partial_sums(x.float(), book.float(), matrix) for book in books]
+    words = matrix.words.contiguous()
+    groups, rows, row_words = words.shape
+    y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
+    with current_device(x):
+        _looked_up[(num_programs(rows, LOOK_UP_ROWS),)](
+            y, words, tables[0], tables[-1], row_words, rows, groups, matrix.vector_columns, len(x), tables[0].shape[1],
+            tables[-1].shape[1], ROWS=LOOK_UP_ROWS, COLUMNS=COLUMNS, MOST=MOST_ROWS, BITS=matrix.main_bits,
+            RES_BITS=0 if matrix.residual is None else matrix.residual_bits,
+        )  # fmt: skip
     return y
 
 
@@ -154,3 +173,32 @@ def _product(
         sums += tl.dot(tile, x.to(tl.float32), input_precision="ieee")
     place = number * out_features + row
     tl.store(y_ptr + place, sums.to(y_ptr.dtype.element_ty), mask=(number < count) & (row < out_features))
+
+
+@triton.jit
+def _looked_up(
+    y_ptr, words_ptr, main_ptr, residual_ptr, row_words, rows, groups, vector_columns, count, main_size, residual_size,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MOST: tl.constexpr, BITS: tl.constexpr, RES_BITS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    number = tl.arange(0, MOST)[None, :]
+    sums = tl.zeros((ROWS, MOST), tl.float32)
+    for group in range(groups):
+        for start in range(0, vector_columns, COLUMNS):
+            vector = start + tl.arange(0, COLUMNS)[None, :]
+            inside = (row < rows) & (vector < vector_columns)
+            bit = vector.to(tl.int64) * (BITS + RES_BITS)
+            first = (group * rows + row).to(tl.int64) * row_words + bit // WORD
+            index = _bits_at(words_ptr, first, first + 1, bit % WORD, inside, BITS + RES_BITS)
+            main = group * main_size + (index & ((1 << BITS) - 1)).to(tl.int32)
+            place = (main.to(tl.int64) * vector_columns + vector) * count
+            second = place
+            if RES_BITS > 0:
+                residual = group * residual_size + (index >> BITS).to(tl.int32)
+                second = (residual.to(tl.int64) * vector_columns + vector) * count
+            for n in range(count):
+                value = tl.load(main_ptr + place + n, mask=inside, other=0.0)
+                if RES_BITS > 0:
+                    value += tl.load(residual_ptr + second + n, mask=inside, other=0.0)
+                sums += tl.where(number == n, tl.sum(value, 1)[:, None], 0.0)
+    tl.store(y_ptr + number * rows + row, sums.to(y_ptr.dtype.element_ty), mask=(number < count) & (row < rows))
