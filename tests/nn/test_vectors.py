@@ -83,5 +83,5 @@ def test_partial_sums_are_taken_where_there_are_few(generator, monkeypatch):
         assert len(called) == sums
     matrix, _, _ = vector_matrix("along inputs, one codebook", generator, torch.device("cpu"))
     assert partial_sums_pay(12, matrix) and not partial_sums_pay(0, matrix)
-    monkeypatch.setattr(vectors, "MOST_PARTIAL", 12 * 8 * 64 - 1)
+    monkeypatch.setitem(vectors.MOST_PARTIAL, "cpu", 12 * 8 * 64 - 1)
     assert partial_sums_pay(11, matrix) and not partial_sums_pay(12, matrix)

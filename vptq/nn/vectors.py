@@ -18,7 +18,7 @@ from vptq.quantize.result import lay_out, look_up
 CHUNK_WEIGHTS = 1 << 20
 BAG_INDICES = 1 << 16  # looked up at once: they stay in a core's cache, and torch keeps to one thread that long
 MOST_ROWS = 16  # of x that the GPU's kernels take in one launch
-MOST_PARTIAL = 1 << 25  # numbers of the tables of partial sums
+MOST_PARTIAL = {"cpu": 1 << 20, "cuda": 1 << 26}  # numbers of a table of partial sums that caches hold: measured
 FEW_ROWS = 12  # of x, for which sums of centroids are cheaper than unpacking: measured, docs/performance.md
 
 
@@ -145,10 +145,9 @@ def partial_sums_pay(count: int, matrix: VectorMatrix) -> bool:
     They are as many as products with so many outputs as there are centroids.
     """
     books = [book for book in (matrix.main, matrix.residual) if book is not None]
-    most = max(book.shape[1] for book in books)
-    return (
-        0 < count * matrix.vector_columns * most <= MOST_PARTIAL and sum(book.shape[1] for book in books) <= matrix.out_features
-    )
+    table = count * matrix.vector_columns * max(book.shape[1] for book in books)
+    few = sum(book.shape[1] for book in books) <= matrix.out_features
+    return few and 0 < table <= MOST_PARTIAL.get(matrix.words.device.type, 0)
 
 
 def partial_sums(x: Tensor, book: Tensor, matrix: VectorMatrix) -> Tensor:

@@ -51,7 +51,10 @@ def product_by_kernel(x: Tensor, matrix: VectorMatrix | RingMatrix) -> Tensor:
 
 
 def product_of_partial_sums(x: Tensor, matrix: VectorMatrix) -> Tensor:
-    """As `product_by_kernel`, for vectors along inputs: what centroids make of runs of inputs is made once, then looked up."""
+    """As `product_by_kernel`, (n, columns) -> (n, out_features), for vectors along inputs.
+
+    What every centroid makes of every run of inputs is made once, then looked up.
+    """
     books = [matrix.main] if matrix.residual is None else [matrix.main, matrix.residual]
     tables = [partial_sums(x.float(), book.float(), matrix) for book in books]
     words = matrix.words.contiguous()
