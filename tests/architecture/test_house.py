@@ -98,6 +98,7 @@ INSIDE = {  # order of files within a room, from the street up
         "job",
         "outcome",
         "task",
+        "pool",
         "workers",
         "calibrate",
         "measure",

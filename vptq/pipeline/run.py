@@ -120,7 +120,7 @@ class _Run:
             job.lock()
         job.check_facts(self._facts())
         self.job = job
-        self.executor = make_executor(self.job, self.source, self.device, config.num_gpus)
+        self.executor = make_executor(self.job, self.source, self.device, config.num_gpus, self._note)
         self.figures = {name: self.job.figures(name) or {} for name in done}
 
     # -- before any work ------------------------------------------------------------------------------------------------
@@ -201,15 +201,17 @@ class _Run:
         perplexities = self._evaluate()
         return self._conclude(perplexities)
 
+    def _note(self, text: str) -> None:
+        self.progress.note(text)
+        self.job.log(text)
+
     def _announce(self) -> None:
         self.progress.run_folder(self.job.folder)
         for warning in self.plan.warnings:
-            self.progress.note(f"warning: {warning}")
-            self.job.log(f"warning: {warning}")
+            self._note(f"warning: {warning}")
         kept = [(self.store, path) for path in set(self.kept.values())] if self.store is not None else []
         for text in run_notes(self.slow, self.fold, kept, len(self.kept), self.tokens):
-            self.progress.note(text)
-            self.job.log(text)
+            self._note(text)
         total = sum(linear_units(linear) for linear in self.plan.everything)
         done = total - sum(linear_units(linear) for linear in self.todo)
         for block in range(self.last_forward_block + 1):

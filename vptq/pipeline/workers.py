@@ -5,14 +5,14 @@ Workers read weights and Hessians from files; only names and settings go through
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import shutil
-import signal
 import tempfile
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,11 @@ from vptq.models.files import save_tensors
 from vptq.models.prefetch import PrefetchingFolder
 from vptq.pipeline.fold import Fold, FoldedFolder, open_folder
 from vptq.pipeline.job import Job
+from vptq.pipeline.pool import MOST_TRIES, LostWork, Try, WorkerPool
 from vptq.pipeline.task import LinearTask, Moments, keep, make_batches, quantize_batch
+from vptq.quantize.assign import smaller_chunks
+
+SMALLER = 4  # times, the chunks of a try after a second one that ran out of memory
 
 
 class Executor(Protocol):
@@ -64,39 +68,42 @@ class InProcess:
 
 
 class Processes:
-    """Tasks shared out to `count` spawned processes; worker i takes GPU i, or the CPU where there is none."""
+    """Tasks shared out to `count` spawned processes; worker i takes GPU i, or the CPU where there is none.
 
-    def __init__(self, job: Job, source: PrefetchingFolder, device: torch.device, count: int) -> None:
-        context = torch.multiprocessing.get_context("spawn")
-        numbers = context.Queue()
-        for number in range(count):
-            numbers.put(number)
+    A worker that dies, or runs out of memory, costs what it was at: that is tried again, each linear for itself. note: told
+    of it.
+    """
+
+    def __init__(
+        self, job: Job, source: PrefetchingFolder, device: torch.device, count: int, note: Callable[[str], None]
+    ) -> None:
         gpus = torch.cuda.device_count() if device.type == "cuda" else 0
         threads = max(1, (os.cpu_count() or 1) // count)
         fold = source.fold if isinstance(source, FoldedFolder) else None
-        setup = (numbers, gpus, threads, job.folder, source.folder, source.base_prefix, fold)
         self.folder, self.device = job.folder, device
         for left in job.folder.glob("hessians-*"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
-        self.pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker, initargs=setup)
+        start = functools.partial(_start_worker, gpus, threads, job.folder, source.folder, source.base_prefix, fold)
+        self.pool = WorkerPool(count, start, _quantize, note)
 
     def run(self, tasks: list[LinearTask], hessians: Mapping[str, Moments]) -> Iterator[dict[str, Any]]:
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="hessians-") as shared:
             files = _share(Path(shared), hessians)
             batches = make_batches(tasks, self.device)
             costly_first = sorted(batches, key=lambda batch: -sum(task.plan.bits.num_weights for task in batch))
-            futures = [self.pool.submit(_run_in_worker, batch, files) for batch in costly_first]
             try:
-                for future in as_completed(futures):
-                    yield from future.result()
-            except BrokenProcessPool:
+                for figures in self.pool.run([_Work(batch, files) for batch in costly_first]):
+                    yield from figures
+            except LostWork as error:
                 raise RunError(
-                    "a worker process died (killed, or out of memory)",
-                    hint=f"go on with `vptq quantize --resume {self.folder}`, with a lower --num_gpus if memory ran out",
+                    f"linears could not be quantized, in {MOST_TRIES} tries each",
+                    where=[f"{task.plan.name}: {'; '.join(lost.reasons)}" for lost in error.lost for task in lost.work.batch],
+                    hint=f"all others are kept: go on with `vptq quantize --resume {self.folder}`, with a lower --num_gpus if "
+                    "memory ran out",
                 ) from None
 
     def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        self.pool.close()
 
 
 def check_workers(device: torch.device, num_gpus: int) -> None:
@@ -106,9 +113,11 @@ def check_workers(device: torch.device, num_gpus: int) -> None:
         raise UsageError(f"num_gpus is {num_gpus}, there are {available} GPUs", hint=f"set --num_gpus {available}")
 
 
-def make_executor(job: Job, source: PrefetchingFolder, device: torch.device, num_gpus: int) -> Executor:
-    """This process where one worker is asked for, else a process for each."""
-    return InProcess(job, source, device) if num_gpus == 1 else Processes(job, source, device, num_gpus)
+def make_executor(
+    job: Job, source: PrefetchingFolder, device: torch.device, num_gpus: int, note: Callable[[str], None]
+) -> Executor:
+    """This process where one worker is asked for, else a process for each. note: told when one dies."""
+    return InProcess(job, source, device) if num_gpus == 1 else Processes(job, source, device, num_gpus, note)
 
 
 def _share(folder: Path, hessians: Mapping[str, Moments]) -> dict[str, Path]:
@@ -133,10 +142,8 @@ _worker: dict[str, Any] = {}  # what one worker process is given once, at its st
 
 
 def _start_worker(
-    numbers: Any, gpus: int, threads: int, run_folder: Path, model_folder: Path, prefix: str, fold: Fold | None
+    gpus: int, threads: int, run_folder: Path, model_folder: Path, prefix: str, fold: Fold | None, number: int
 ) -> None:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # files appear by rename: stopping at once loses nothing
-    number = numbers.get()
     if gpus:
         device = torch.device("cuda", number % gpus)
         torch.cuda.set_device(device)
@@ -148,7 +155,28 @@ def _start_worker(
     _worker.update(number=number, device=device, job=job, source=open_folder(model_folder, prefix, fold, device))
 
 
-def _run_in_worker(batch: list[LinearTask], files: Mapping[str, Path]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Work:
+    """Tasks that are quantized together, and the files of their Hessians by suffix."""
+
+    batch: list[LinearTask]
+    files: Mapping[str, Path]
+
+
+def _quantize(given: Try) -> list[dict[str, Any]]:
+    """In a worker: the figures of a batch, whose linears are on disk then. A new try takes them one by one."""
+    job, work = _worker["job"], given.work
+    if not given.reasons:
+        return _quantize_together(work.batch, work.files)
+    found: list[dict[str, Any]] = []
+    with smaller_chunks(SMALLER ** max(0, given.short_of_memory - 1)):
+        for task in work.batch:
+            done = job.figures(task.plan.name)
+            found += _quantize_together([task], work.files) if done is None else [done]
+    return found
+
+
+def _quantize_together(batch: list[LinearTask], files: Mapping[str, Path]) -> list[dict[str, Any]]:
     suffixes = {task.plan.info.suffix for task in batch}
     loaded = {file: _load_moments(file) for file in {files[suffix] for suffix in suffixes}}
     hessians = {suffix: loaded[files[suffix]] for suffix in suffixes}

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 CPU_CHUNK_SCORES = 1 << 20
 GPU_CHUNK_SCORES = 1 << 27
 ROUNDING = 4e-6  # of squared sizes: what a float32 score may be off by
+
+
+_smaller = [1]  # the last one holds
+
+
+@contextlib.contextmanager
+def smaller_chunks(times: int) -> Iterator[None]:
+    """Fewer scores at once, where memory is short. Sums may then be rounded in another way."""
+    _smaller.append(times)
+    try:
+        yield
+    finally:
+        _smaller.pop()
 
 
 def assign_nearest(vectors: Tensor, centroids: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -46,7 +62,7 @@ def _search(vectors: Tensor, centroids: Tensor, weights: Tensor | None, second: 
     else:
         left = torch.cat([vectors * weights, weights], 1)
         right = torch.cat([centroids, half_norms], 1).T
-    most = GPU_CHUNK_SCORES if vectors.is_cuda else CPU_CHUNK_SCORES
+    most = (GPU_CHUNK_SCORES if vectors.is_cuda else CPU_CHUNK_SCORES) // _smaller[-1]
     chunk = max(1, min(most // len(centroids), len(vectors)))
     scores = left.new_empty(chunk, len(centroids))  # written again and again: it stays in cache
     best = left.new_empty(chunk)
