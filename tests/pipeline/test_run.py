@@ -87,12 +87,14 @@ def test_stopped_and_resumed_gives_the_same_bytes(whole, tiny_llama, text_file, 
     assert len([line for line in (stop.folder / "logs" / "0.log").read_text().splitlines() if "k-means" in line]) == 14
 
 
-def test_half_written_work_file_is_done_again(whole, tiny_llama, text_file, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "zeros"])
+def test_damaged_work_file_is_done_again(damage, whole, tiny_llama, text_file, tmp_path):
     stop = Stop(5)
     with pytest.raises(KeyboardInterrupt):
         quantize_model(config_of(tiny_llama, text_file, tmp_path), progress=stop)
     damaged = sorted((stop.folder / "work").iterdir())[2]
-    damaged.write_bytes(damaged.read_bytes()[:200])
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:200] if damage == "cut" else content[:-50] + bytes(50))
     assert packed_bytes(quantize_model(QuantConfig(), resume=stop.folder).folder) == packed_bytes(whole.folder)
 
 

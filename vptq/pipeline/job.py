@@ -2,13 +2,14 @@
 
 job.json       settings, the model's fingerprint, what open settings came to, whether the run is finished
 config.yaml    the resolved settings, for `--config`
-work/          one safetensors file a finished linear: its packed tensors, its figures in the metadata
+work/          one safetensors file a finished linear: its packed tensors, figures and a checksum in the metadata
 logs/0.log     one line a linear (one file a worker)
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 import yaml
 from safetensors import safe_open
 from torch import Tensor
@@ -27,6 +29,7 @@ from vptq.models.files import save_json, save_tensors, writing_to
 from vptq.recipe import VECTOR_SETTINGS
 
 JOB_VERSION = 1
+CHECKSUM = "sha256"
 # What may differ on resume: where and with how many hands the work is done, not what comes out.
 FREE_ON_RESUME = {"output_dir", "num_gpus", "device", "trust_remote_code"}
 
@@ -141,13 +144,16 @@ class Job:
         return self.work / f"{linear}.safetensors"
 
     def save_linear(self, linear: str, tensors: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
-        save_tensors(self.work_file(linear), dict(tensors), {"figures": json.dumps(figures)})
+        metadata = {"figures": json.dumps(figures), CHECKSUM: _checksum(tensors)}
+        save_tensors(self.work_file(linear), dict(tensors), metadata)
 
     def figures(self, linear: str) -> dict[str, Any] | None:
-        """The figures of a finished linear; None if it is not finished or its file is damaged."""
+        """The figures of a finished linear; None if it is not finished or its file is damaged, by its checksum."""
         try:
             with safe_open(self.work_file(linear), framework="pt") as file:
-                return json.loads((file.metadata() or {})["figures"])
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            return json.loads(metadata["figures"]) if metadata[CHECKSUM] == _checksum(tensors) else None
         except Exception:
             return None
 
@@ -171,6 +177,16 @@ class Job:
     def log(self, line: str, worker: int = 0) -> None:
         with writing_to(self.logs), (self.logs / f"{worker}.log").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes: a machine that crashes can leave a file of the right length, of zeros."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_resume(job: Job, given: Mapping[str, Any]) -> None:

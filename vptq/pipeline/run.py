@@ -104,8 +104,10 @@ class _Run:
         hessian_path = config.calibration.hessian_path
         self.store = HessianStore(Path(hessian_path).expanduser(), self.fingerprint) if hessian_path else None
         self.kept = self._find_kept_hessians()
-        done = {linear.name for linear in self.plan.everything if job and job.figures(linear.name) is not None}
-        self.todo = [linear for linear in self.plan.everything if linear.name not in done and not linear.layer.weight_of]
+        self.figures = self._finished(job)
+        self.todo = [
+            linear for linear in self.plan.everything if linear.name not in self.figures and not linear.layer.weight_of
+        ]
         self.tokens = self._calibration_tokens()
         self.windows = self._evaluation_windows()
         self._check_disk(job)
@@ -121,7 +123,12 @@ class _Run:
         job.check_facts(self._facts())
         self.job = job
         self.executor = make_executor(self.job, self.source, self.device, config.num_gpus, self._note)
-        self.figures = {name: self.job.figures(name) or {} for name in done}
+
+    def _finished(self, job: Job | None) -> dict[str, dict[str, Any]]:
+        """Linears that a stopped run left whole, and their figures."""
+        names = [linear.name for linear in self.plan.everything] if job is not None else []
+        found = {name: job.figures(name) for name in names if job is not None}
+        return {name: figures for name, figures in found.items() if figures is not None}
 
     # -- before any work ------------------------------------------------------------------------------------------------
 
