@@ -129,6 +129,22 @@ def test_resume_refuses_a_changed_calibration_text(tiny_llama, text_file, tmp_pa
         quantize_model(QuantConfig(), resume=stop.folder)
 
 
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_a_calibration_text_that_vanished_is_named_and_nothing_is_lost(num_gpus, whole, tiny_llama, text_file, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    stop = Stop(3)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(config_of(tiny_llama, text, tmp_path / "out", num_gpus=num_gpus), progress=stop)
+    text.unlink()
+    kept = sorted(path.name for path in (stop.folder / "work").iterdir())
+    with pytest.raises(UsageError, match=r"text\.txt"):
+        quantize_model(QuantConfig(), resume=stop.folder)
+    assert sorted(path.name for path in (stop.folder / "work").iterdir()) == kept
+    text.write_text(text_file.read_text())
+    assert packed_bytes(quantize_model(QuantConfig(), resume=stop.folder).folder) == packed_bytes(whole.folder)
+
+
 def test_resume_refuses_another_model(tiny_llama, text_file, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)

@@ -44,7 +44,10 @@ def run(argv: Sequence[str]) -> int:
         help="dequantized weights kept, in GB: faster on a CPU, for more memory (default: 0; inf for all)",
     )  # fmt: skip
     parser.add_argument(
-        "--compile", action="store_true", default=False, help="on a GPU: torch.compile first, a minute or so, then faster"
+        "--compile",
+        action="store_true",
+        default=False,
+        help="on a GPU: torch.compile first, a minute or so; for models without fused blocks, which are faster",
     )
     add_result_flags(parser)
     args = parser.parse_args(normalise_flags(argv))
