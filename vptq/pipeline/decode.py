@@ -48,7 +48,8 @@ class StaticDecoder:
 
     Args:
         model: of transformers, whole on one device. length: most tokens, prompt and answer together.
-        temperature, top_p: see `choose`. compiled: whether the step goes through torch.compile instead (a minute, then faster than the model's own code).
+        temperature, top_p: see `choose`.
+        compiled: whether the step goes through torch.compile instead: a minute, then faster than the model's own code.
         graph: whether the step is captured; None for wherever there is a GPU.
         fused: whether blocks that the kernels know are replaced by theirs in the step, see nn/decoder_block.py.
     Raises:
