@@ -130,7 +130,6 @@ def test_linears_err_no_more_than_twice_as_torch_does(setting, shape, dtype, gen
 EMULATED = [
     "v6k4096",
     "groups and residual",
-    "outliers of 4, v = 10",
     "outliers as they come",
     "rotated",
     "trellis 2",

@@ -18,7 +18,11 @@ from vptq.pipeline.progress import Silent
 from vptq.pipeline.run import quantize_model
 
 SEED = int(os.environ.get("VPTQ_TEST_SEED", time.time_ns() % 10**6))
-MOMENTS = [pytest.param(n, marks=[pytest.mark.slow] if n >= 2 else []) for n in range(10)]
+
+
+def numbered(ordinary):
+    """Ten moments, but for `-m slow` only the first ones."""
+    return [pytest.param(n, marks=[pytest.mark.slow] if n >= ordinary else []) for n in range(10)]
 
 
 @pytest.fixture
@@ -45,7 +49,7 @@ class Notes(Silent):
         self.notes.append(text)
 
 
-@pytest.mark.parametrize("number", MOMENTS)
+@pytest.mark.parametrize("number", numbered(2))
 def test_a_killed_worker_costs_only_what_it_was_at(moment, timed_run, tiny_llama, text_file, tmp_path):
     folder, seconds = timed_run
 
@@ -81,7 +85,7 @@ def test_all_workers_killed_at_work(timed_run, tiny_llama, text_file, tmp_path):
     assert packed_bytes(result.folder) == packed_bytes(timed_run[0])
 
 
-@pytest.mark.parametrize("number", MOMENTS)
+@pytest.mark.parametrize("number", numbered(1))
 def test_a_killed_run_is_resumed_to_the_same_bytes(moment, timed_run, tiny_llama, text_file, tmp_path):
     """Killed twice, the second time when it is resumed."""
     folder, seconds = timed_run
