@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vptq.nn.kernels.attention import Heads, attend
 from vptq.nn.kernels.fused import FusedLinear, few_rows, go_together
-from vptq.nn.kernels.given import GATED, NORMED, Given, gated, normed
+from vptq.nn.kernels.given import AS_IT_IS, GATED, NORMED, Given, gated, normed
 from vptq.nn.kernels.packed import FLOATS
 from vptq.nn.kernels.products import MOST_MATRICES
 from vptq.nn.vquant_linear import VQuantLinear
@@ -81,7 +81,7 @@ class FusedBlock:
         (first, epsilon), (second, second_epsilon) = self._norms
         q, k, v = _all_of(self._queries, x, normed(first, epsilon))
         mixed = attend(q, k, v, (cosine, sine), self._cache, self._position, self._heads, self._arrived)
-        (x,) = self._output(mixed, Given(), x)
+        (x,) = self._output(mixed, AS_IT_IS, x)
         gate, up = _all_of(self._gates, x, normed(second, second_epsilon))
         (x,) = self._down(gate, gated(up), x)
         return x.view(hidden_states.shape)
@@ -100,15 +100,12 @@ def fused_block(layer: Any, cache: tuple[Tensor, Tensor], position: Tensor, arri
         cache: keys and values, (1, groups, length, dim). position: (1,) int64. arrived: (groups,) int32, see `FusedBlock`.
     """
     attention, mlp = layer.self_attn, layer.mlp
-    linears = [
-        attention.q_proj,
-        attention.k_proj,
-        attention.v_proj,
-        attention.o_proj,
-        mlp.gate_proj,
-        mlp.up_proj,
-        mlp.down_proj,
-    ]
+    parts = (
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [attention.o_proj],
+        [mlp.gate_proj, mlp.up_proj],
+        [mlp.down_proj],
+    )
     keys = cache[0]
     norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     weights = [None if norm is None else norm.weight for norm in norms]
@@ -122,7 +119,7 @@ def fused_block(layer: Any, cache: tuple[Tensor, Tensor], position: Tensor, arri
         return None
     if any(_is_watched(module) for module in layer.modules()):
         return None
-    made = [_projections(part, keys.dtype) for part in (linears[:3], linears[3:4], linears[4:6], linears[6:])]
+    made = [_projections(part, keys.dtype) for part in parts]
     if not all(made):
         return None
     queries, (output,), gates, (down,) = made

@@ -54,6 +54,11 @@ class VectorMatrix:
         """Vectors of one group in a row of vectors."""
         return self.group_size if self.along_out else -(-self.group_size // self.vector_len)
 
+    @property
+    def books(self) -> list[Tensor]:
+        """The codebooks that there are: main, then residual."""
+        return [self.main] if self.residual is None else [self.main, self.residual]
+
     def indices(self, group: int | slice, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Main and residual indices of some rows of vectors, (..., rows, vector columns) int64."""
         values = unpack_bits(self.words[group, rows], self.main_bits + self.residual_bits, self.vector_columns)
@@ -144,9 +149,9 @@ def partial_sums_pay(count: int, matrix: VectorMatrix) -> bool:
 
     They are as many as products with so many outputs as there are centroids.
     """
-    books = [book for book in (matrix.main, matrix.residual) if book is not None]
-    table = count * matrix.vector_columns * max(book.shape[1] for book in books)
-    few = sum(book.shape[1] for book in books) <= matrix.out_features
+    sizes = [book.shape[1] for book in matrix.books]
+    table = count * matrix.vector_columns * max(sizes)
+    few = sum(sizes) <= matrix.out_features
     return few and 0 < table <= MOST_PARTIAL.get(matrix.words.device.type, 0)
 
 
@@ -170,17 +175,15 @@ def _sums_of_partial_sums(x: Tensor, matrix: VectorMatrix) -> Tensor:
     """An output is the sum of what its centroids make of the inputs, each made once: indices are only looked up."""
     groups, rows, _ = matrix.words.shape
     step = max(1, BAG_INDICES // matrix.vector_columns)
-    tables = [None if book is None else partial_sums(x, book, matrix) for book in (matrix.main, matrix.residual)]
+    tables = [partial_sums(x, book, matrix) for book in matrix.books]
     columns = torch.arange(matrix.vector_columns, device=x.device)
     sums = x.new_zeros(rows, len(x))
     for group in range(groups):
         for start in range(0, rows, step):
-            for indices, table in zip(matrix.indices(group, slice(start, start + step)), tables, strict=True):
-                if indices is not None and table is not None:
-                    places = indices * matrix.vector_columns + columns
-                    sums[start : start + step] += torch.nn.functional.embedding_bag(
-                        places, table[group].flatten(0, 1), mode="sum"
-                    )
+            for indices, table in zip(matrix.indices(group, slice(start, start + step)), tables, strict=False):
+                assert indices is not None
+                places = indices * matrix.vector_columns + columns
+                sums[start : start + step] += torch.nn.functional.embedding_bag(places, table[group].flatten(0, 1), mode="sum")
     return sums.T.contiguous()
 
 

@@ -150,18 +150,20 @@ class Job:
     def figures(self, linear: str) -> dict[str, Any] | None:
         """The figures of a finished linear; None if it is not finished or its file is damaged, by its checksum."""
         try:
-            with safe_open(self.work_file(linear), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors, metadata = self._read(linear)
             return json.loads(metadata["figures"]) if metadata[CHECKSUM] == _checksum(tensors) else None
         except Exception:
             return None
 
+    def _read(self, linear: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata of a work file."""
+        with safe_open(self.work_file(linear), framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+
     def tensors(self, linear: str) -> dict[str, Tensor]:
         """The packed tensors of a finished linear."""
         try:
-            with safe_open(self.work_file(linear), framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            return self._read(linear)[0]
         except Exception as error:
             raise CheckpointError(
                 f"`{self.work_file(linear)}` can't be read",

@@ -22,7 +22,7 @@ MOST_TRIES = 3  # of one piece of work
 MOST_FAILED_STARTS = 3  # in a row, of workers that die before they can work
 SECONDS_TO_END = 5.0
 PARENT_DEATH_SIGNAL = 1  # of prctl
-STARTED, DONE, NO_MEMORY, FAILED = range(4)  # what a worker says
+STARTED, DONE, NO_MEMORY, FAILED, DIED = range(5)  # what a worker says, or what is found of it
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class WorkerPool:
                     yield value
                 elif said == FAILED:
                     raise value
-                elif given is not None:
+                elif given is not None:  # it ran out of memory, or died
                     again = given.again(value, short_of_memory=said == NO_MEMORY)
                     (lost if len(again.reasons) >= MOST_TRIES else waiting).append(again)
         if lost:
@@ -143,7 +143,7 @@ class WorkerPool:
                 self.note(f"worker {worker.number}: {said[1]}")
             return said
         except (EOFError, OSError):
-            return -1, self._bury(worker)
+            return DIED, self._bury(worker)
 
     def _bury(self, worker: _Worker) -> str:
         worker.pipe.close()

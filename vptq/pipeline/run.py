@@ -126,8 +126,9 @@ class _Run:
 
     def _finished(self, job: Job | None) -> dict[str, dict[str, Any]]:
         """Linears that a stopped run left whole, and their figures."""
-        names = [linear.name for linear in self.plan.everything] if job is not None else []
-        found = {name: job.figures(name) for name in names if job is not None}
+        if job is None:
+            return {}
+        found = {linear.name: job.figures(linear.name) for linear in self.plan.everything}
         return {name: figures for name, figures in found.items() if figures is not None}
 
     # -- before any work ------------------------------------------------------------------------------------------------

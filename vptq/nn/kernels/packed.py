@@ -62,8 +62,7 @@ def takes(matrix: VectorMatrix | RingMatrix, dtype: torch.dtype) -> bool:
     if isinstance(matrix, RingMatrix):
         length = matrix.table.shape[1]
         return length <= LONGEST_ENTRY and length & (length - 1) == 0 and matrix.trellis.state_bits <= MOST_STATE_BITS
-    books = [book for book in (matrix.main, matrix.residual) if book is not None]
-    least = min(book.shape[1] for book in books)  # smaller ones don't fill what is copied at once
+    least = min(book.shape[1] for book in matrix.books)  # smaller ones don't fill what is copied at once
     return matrix.along_out and matrix.vector_len <= LONGEST_ENTRY and least >= LEAST_CENTROIDS
 
 

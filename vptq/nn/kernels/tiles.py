@@ -55,8 +55,7 @@ def product_of_partial_sums(x: Tensor, matrix: VectorMatrix) -> Tensor:
 
     What every centroid makes of every run of inputs is made once, then looked up.
     """
-    books = [matrix.main] if matrix.residual is None else [matrix.main, matrix.residual]
-    tables = [partial_sums(x.float(), book.float(), matrix) for book in books]
+    tables = [partial_sums(x.float(), book.float(), matrix) for book in matrix.books]
     words = matrix.words.contiguous()
     groups, rows, row_words = words.shape
     y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
