@@ -14,13 +14,14 @@ import torch
 
 from benchmarks.common import default_device, describe, measure_ceilings, show_table, timed
 from vptq.calibration.hessian import HessianAccumulator
+from vptq.calibration.runs import mean_of
 
 
-def accumulate(rows: torch.Tensor) -> HessianAccumulator:
+def accumulate(rows: torch.Tensor) -> torch.Tensor:
     accumulator = HessianAccumulator(rows.shape[1], rows.device)
     for batch in rows.split(4096):
         accumulator.add(batch)
-    return accumulator
+    return mean_of(accumulator.take())[0]
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
             typed = inputs.to(dtype)
             exact = sum((part.double().T @ part.double() for part in typed.split(4096)), torch.zeros(())) / given.tokens
             spread = exact.diagonal().sqrt()
-            error = ((accumulate(typed).mean().double() - exact).abs() / (spread[:, None] * spread)).max().item()
+            error = ((accumulate(typed).double() - exact).abs() / (spread[:, None] * spread)).max().item()
             taken = timed(lambda typed=typed: accumulate(typed))
             floor = operations / (ceilings.matrix32 if dtype == torch.float32 else ceilings.matrix)
             name = str(dtype).removeprefix("torch.")

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.calibration.test_hessian import collected
 from vptq.calibration.fisher import token_weights
 from vptq.calibration.hessian import BlockHessians, HessianAccumulator
+from vptq.calibration.runs import mean_of
 from vptq.errors import NumericalError
 from vptq.models.architecture import load_skeleton
 from vptq.models.runner import BlockRunner
@@ -67,9 +69,10 @@ def test_weighted_second_moment_in_float64(generator, device):
     for number, batch in enumerate(x):
         accumulator.add(batch, weights[:, 40 * number : 40 * number + 40])
     rows = x.reshape(-1, 8).double().cpu()
+    hessian, _ = mean_of(accumulator.take())
     for group in range(2):
         expected = (rows * weights[group, :, None].double()).T @ rows / 120
-        torch.testing.assert_close(accumulator.mean()[group].double().cpu(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(hessian[group].double().cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
@@ -83,7 +86,7 @@ def test_weighted_moment_of_large_activations_on_tensor_cores(dtype, generator):
     rows = x.double()
     expected = (rows * weights[0, :, None].double()).T @ rows / 3000
     scale = expected.diagonal().sqrt()
-    error = (accumulator.mean()[0].double() - expected).abs() / (scale[:, None] * scale)
+    error = (mean_of(accumulator.take())[0][0].double() - expected).abs() / (scale[:, None] * scale)
     assert error.max() < 1e-3
 
 
@@ -109,14 +112,15 @@ def test_drift_of_16_bit_activations(device, dtype, away, weighted, generator):
     scale = torch.ones(1, 512) if weights is None else weights
     shift = originals.double() - inputs.double()
     expected = torch.stack([(shift * row[:, None]).T @ inputs.double() / 512 for row in scale.double()])
-    found = accumulator.mean_drift().cpu().double().view_as(expected)
+    found = mean_of(accumulator.take())[1].cpu().double().view_as(expected)
     assert (found - expected).norm() < 1e-3 * expected.norm()
 
 
 def test_no_tokens_change_nothing():
     accumulator = HessianAccumulator(4, torch.device("cpu"), 1, drifts=True)
     accumulator.add(torch.empty(0, 4, dtype=torch.float16), torch.empty(1, 0), torch.empty(0, 4, dtype=torch.float16))
-    assert accumulator.num_tokens == 0 and not accumulator.mean().any() and not accumulator.mean_drift().any()
+    found = accumulator.take()
+    assert found.num_tokens == 0 and not found.total.any() and not found.drift.any()
 
 
 def test_paired_runs_take_down_the_drift(generator):
@@ -126,13 +130,13 @@ def test_paired_runs_take_down_the_drift(generator):
         for one, other in zip(original, drifted, strict=True):
             block(one[None])
             block(other[None])
-    found = {h.linears: h for h in watcher.collect()}
+    found = collected(watcher)
     a, b = original.reshape(-1, 4), drifted.reshape(-1, 4)
-    torch.testing.assert_close(found["q",].matrix, b.T @ b / 15)
-    torch.testing.assert_close(found["q",].drift, (a - b).T @ b / 15)
+    torch.testing.assert_close(found["q",][0], b.T @ b / 15)
+    torch.testing.assert_close(found["q",][1], (a - b).T @ b / 15)
     with torch.no_grad():
         a, b = block.q(a), block.q(b)
-    torch.testing.assert_close(found["o",].drift, (a - b).T @ b / 15)
+    torch.testing.assert_close(found["o",][1], (a - b).T @ b / 15)
 
 
 def test_weighted_linears_each_have_their_own(generator):
@@ -143,7 +147,7 @@ def test_weighted_linears_each_have_their_own(generator):
     with watcher.watching(block), torch.no_grad():
         for batch in x:
             block(batch)
-    found = {h.linears: h.matrix for h in watcher.collect()}
+    found = {linears: hessian for linears, (hessian, _, _) in collected(watcher).items()}
     rows = x.reshape(-1, 4)
     torch.testing.assert_close(found["q",][0], (rows * weights["q"][0, :, None]).T @ rows / 10)
     assert found["o",].shape == (3, 4, 4)
@@ -171,7 +175,7 @@ def test_experts_that_see_other_tokens_in_another_run_count_them_alike(generator
     with watcher.watching(block), torch.no_grad():
         block(original)
         block(drifted)
-    found = {h.linears: h for h in watcher.collect()}
+    found = collected(watcher)
     chosen = drifted.reshape(-1, 4)[drifted.reshape(-1, 4)[:, 0] > 0]
-    torch.testing.assert_close(found["a",].matrix[0], chosen.T @ chosen / len(chosen))
-    assert found["a",].drift.eq(0).all() and not found["all",].drift.eq(0).all()
+    torch.testing.assert_close(found["a",][0][0], chosen.T @ chosen / len(chosen))
+    assert found["a",][1].eq(0).all() and not found["all",][1].eq(0).all()

@@ -10,14 +10,31 @@ from torch import nn
 
 from vptq.calibration.hessian import BlockHessians, Hessian, HessianAccumulator
 from vptq.calibration.hessian_store import HessianStore, label_of
+from vptq.calibration.runs import mean_of, sum_subtrees
 from vptq.errors import CheckpointError, NumericalError, UsageError
 
 
 def accumulate(batches):
+    """The sums of all batches."""
     accumulator = HessianAccumulator(batches[0].shape[-1], batches[0].device)
     for batch in batches:
         accumulator.add(batch)
-    return accumulator
+    return accumulator.take()
+
+
+def mean(sums):
+    return mean_of(sums)[0]
+
+
+def collected(watcher):
+    """What one run gave: (Hessian, drift, tokens) by the linears that share it."""
+    watcher.end_run()
+    sums = watcher.collect()
+    found = {}
+    for leader, subtrees in sums.subtrees.items():
+        whole = sum_subtrees(subtrees)
+        found[tuple(s for s, first in sums.leaders.items() if first == leader)] = (*mean_of(whole), whole.num_tokens)
+    return found
 
 
 def test_streamed_equals_the_batch_in_float64(generator, device):
@@ -25,18 +42,28 @@ def test_streamed_equals_the_batch_in_float64(generator, device):
     found = accumulate(list(x))
     rows = x.reshape(-1, 8).double()
     assert found.num_tokens == 300
-    assert torch.allclose(found.mean().double(), rows.T @ rows / 300, atol=1e-5)
-    assert torch.equal(found.mean(), found.mean().T)
+    assert torch.allclose(mean(found).double(), rows.T @ rows / 300, atol=1e-5)
+    assert torch.equal(mean(found), mean(found).T)
 
 
 def test_order_and_split_move_it_by_rounding_only(generator):
     x = torch.randn(6, 50, 8, generator=generator)
     whole = accumulate([x])
     other = accumulate([x[4:], x[:1], x[1:4]])
-    left, right = accumulate([x[:2]]), accumulate([x[2:]])
-    left.merge(right)
-    assert torch.allclose(other.mean(), whole.mean(), atol=1e-6)
-    assert torch.allclose(left.mean(), whole.mean(), atol=1e-6) and left.num_tokens == whole.num_tokens
+    parts = accumulate([x[:2]]).plus(accumulate([x[2:]]))
+    assert torch.allclose(mean(other), mean(whole), atol=1e-6)
+    assert torch.allclose(mean(parts), mean(whole), atol=1e-6) and parts.num_tokens == whole.num_tokens
+
+
+def test_what_was_taken_is_not_taken_again(generator):
+    accumulator = HessianAccumulator(4, torch.device("cpu"), drifts=True)
+    x, y = torch.randn(2, 9, 4, generator=generator)
+    for rows in (x, y):
+        accumulator.add(rows, originals=rows + 1)
+        found = accumulator.take()
+        assert found.num_tokens == 9
+        torch.testing.assert_close(found.total, rows.T @ rows)
+        torch.testing.assert_close(found.drift, torch.ones(4, 9) @ rows)
 
 
 class Block(nn.Module):
@@ -56,11 +83,11 @@ def test_linears_fed_by_one_tensor_share_one_hessian(generator):
     with watcher.watching(block), torch.no_grad():
         for batch in x:
             block(batch[None])
-    found = {h.linears: h for h in watcher.collect()}
+    found = collected(watcher)
     assert set(found) == {("q", "k"), ("o",)}
     rows = x.reshape(-1, 4)
-    assert torch.allclose(found["q", "k"].matrix, rows.T @ rows / 15, atol=1e-5)
-    assert found["q", "k"].num_tokens == found[("o",)].num_tokens == 15
+    assert torch.allclose(found["q", "k"][0], rows.T @ rows / 15, atol=1e-5)
+    assert found["q", "k"][2] == found[("o",)][2] == 15
 
 
 def test_hooks_are_gone_afterwards():
@@ -68,7 +95,7 @@ def test_hooks_are_gone_afterwards():
     with watcher.watching(block):
         pass
     block(torch.zeros(1, 4))
-    assert watcher.collect() == []
+    assert not collected(watcher)
 
 
 def test_non_finite_activations_name_the_linears():
@@ -76,7 +103,7 @@ def test_non_finite_activations_name_the_linears():
     with watcher.watching(block), torch.no_grad():
         block(torch.full((1, 4), float("inf")))
     with pytest.raises(NumericalError, match=r"blocks\.7\.q"):
-        watcher.collect()
+        collected(watcher)
 
 
 @pytest.fixture
@@ -178,8 +205,8 @@ def test_collect_leaves_the_watcher_empty():
     block, watcher = Block(), BlockHessians("b")
     with watcher.watching(block), torch.no_grad():
         block(torch.ones(1, 4))
-    assert len(watcher.collect()) == 2
-    assert watcher.collect() == []
+    assert len(collected(watcher)) == 2
+    assert not collected(watcher)
 
 
 @pytest.mark.gpu
@@ -189,5 +216,5 @@ def test_sixteen_bit_inputs_lose_nothing_that_float32_keeps(dtype, generator):
     exact = x.double().T @ x.double() / len(x)
     size = exact.diagonal().sqrt()
     mixed, plain = accumulate(list(x.split(4096))), accumulate(list(x.float().split(4096)))
-    errors = [((found.mean().double() - exact).abs() / (size[:, None] * size)).max().item() for found in (mixed, plain)]
+    errors = [((mean(found).double() - exact).abs() / (size[:, None] * size)).max().item() for found in (mixed, plain)]
     assert errors[0] < 1e-5 and errors[1] < 1e-5

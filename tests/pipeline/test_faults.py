@@ -16,6 +16,7 @@ from vptq.errors import RunError
 from vptq.pipeline import workers
 from vptq.pipeline.progress import Silent
 from vptq.pipeline.run import quantize_model
+from vptq.pipeline.works import linears_of
 
 SEED = int(os.environ.get("VPTQ_TEST_SEED", time.time_ns() % 10**6))
 
@@ -109,7 +110,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(moment, timed_run, tiny_llama
 
 
 def test_lost_linears_are_named_and_the_others_kept(tiny_llama, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "_quantize", die_at_down_proj)
+    monkeypatch.setattr(workers, "_start_worker", start_to_die)
     with pytest.raises(RunError, match=r"layers\.0\.mlp\.down_proj: worker . was killed(.|\n)*--resume") as error:
         quantize_model(config_of(tiny_llama, text_file, tmp_path, num_gpus=2))
     assert len(error.value.where) == 1
@@ -119,7 +120,12 @@ def test_lost_linears_are_named_and_the_others_kept(tiny_llama, text_file, tmp_p
     assert quantize_model(config_of(tiny_llama, text_file, tmp_path), resume=work.parent).folder == work.parent
 
 
-def die_at_down_proj(given):
-    if any("down_proj" in task.plan.name for task in given.work.batch):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return workers._quantize(given)
+def start_to_die(*given):
+    do, note = workers._start_worker(*given)
+
+    def die_at_down_proj(given, progress):
+        if any("down_proj" in name for name in linears_of(given.work)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return do(given, progress)
+
+    return die_at_down_proj, note

@@ -9,17 +9,49 @@ import pytest
 
 from vptq.errors import RunError, UsageError
 from vptq.pipeline.pool import MOST_TRIES, LostWork, WorkerPool
+from vptq.pipeline.processes import ProcessCrew
 
 
 def start(number):
     os.environ["WORKER"] = str(number)
+    return do, None
 
 
 def start_and_die(number):
     os._exit(7)
 
 
-def do(given):
+class Listed:
+    """Works that don't depend on each other."""
+
+    def __init__(self, works, stop_after=None):
+        self.works, self.left, self.answers, self.parts = list(works), len(works), [], []
+        self.stop_after = stop_after
+
+    def take(self, worker, alive):
+        return self.works.pop(0) if self.works else None
+
+    def done(self, work, answer):
+        self.left -= 1
+        self.answers.append(answer)
+        if len(self.answers) == self.stop_after:
+            raise KeyboardInterrupt
+
+    def advanced(self, work, part):
+        self.parts.append((work[1], part))
+
+    @property
+    def finished(self):
+        return not self.left
+
+
+def run(pool, works):
+    listed = Listed(works)
+    pool.run(listed)
+    return listed.answers
+
+
+def do(given, progress):
     """work: (what, number, a file); what is done only until the file is there, or always, without one."""
     what, number, marker = given.work
     if marker is None or not Path(marker).exists():
@@ -37,47 +69,56 @@ def do(given):
             raise ZeroDivisionError("ours")
         if what == "slow":
             time.sleep(30)
+        if what == "parts":
+            for _ in range(4):
+                progress(0.25)
+                time.sleep(0.3)
     return number, int(os.environ["WORKER"]), given.short_of_memory
 
 
 @pytest.fixture
 def pool():
     notes = []
-    found = WorkerPool(2, start, do, notes.append)
+    found = WorkerPool(2, ProcessCrew(start), notes.append)
     found.notes = notes
     yield found
     found.close()
-    assert not found._workers
+    assert not found.crew._processes
 
 
 def test_all_is_done_by_all(pool):
     for works in ([("sum", n, None) for n in range(20)], [], [("sum", 0, None)]):
-        assert sorted(number for number, _, _ in pool.run(works)) == list(range(len(works)))
-    assert not pool.notes and len(pool._workers) == 2
+        assert sorted(number for number, _, _ in run(pool, works)) == list(range(len(works)))
+    assert not pool.notes and len(pool.crew._processes) == 2
 
 
 @pytest.mark.parametrize("what", ["die", "exit"])
 def test_what_a_dead_worker_was_at_is_done_again(pool, what, tmp_path):
     works = [(what if n == 3 else "sum", n, tmp_path / "marker" if n == 3 else None) for n in range(6)]
-    assert sorted(number for number, _, _ in pool.run(works)) == list(range(6))
+    assert sorted(number for number, _, _ in run(pool, works)) == list(range(6))
     (note,) = pool.notes
     assert ("was killed (SIGKILL), as happens when memory runs out" if what == "die" else "ended with code 3") in note
 
 
 def test_memory_that_ran_out_is_counted_and_the_worker_lives(pool, tmp_path):
-    found = list(pool.run([("memory", 5, tmp_path / "marker")]))
+    found = run(pool, [("memory", 5, tmp_path / "marker")])
     assert [(number, short) for number, _, short in found] == [(5, 1)]
     assert "ran out of memory: no room" in pool.notes[0] and len(pool.notes) == 1
 
 
+def test_parts_are_told_on_the_way(pool):
+    listed = Listed([("parts", 0, None)])
+    pool.run(listed)
+    assert len(listed.parts) >= 2 and sum(part for _, part in listed.parts) <= 1
+
+
 def test_lost_work_is_told_after_all_else_is_done(pool):
-    found = []
+    listed = Listed([("die", 0, None), ("memory", 1, None), *(("sum", n, None) for n in range(2, 7))])
     with pytest.raises(LostWork) as error:
-        for answer in pool.run([("die", 0, None), ("memory", 1, None), *(("sum", n, None) for n in range(2, 7))]):
-            found.append(answer[0])
-    assert sorted(found) == list(range(2, 7))
+        pool.run(listed)
+    assert sorted(answer[0] for answer in listed.answers) == list(range(2, 7))
     assert {lost.work[1]: len(lost.reasons) for lost in error.value.lost} == {0: MOST_TRIES, 1: MOST_TRIES}
-    assert [number for number, _, _ in pool.run([("sum", 9, None)])] == [9], "the pool still works"
+    assert [number for number, _, _ in run(pool, [("sum", 9, None)])] == [9], "the pool still works"
 
 
 @pytest.mark.parametrize(
@@ -85,20 +126,20 @@ def test_lost_work_is_told_after_all_else_is_done(pool):
 )
 def test_faults_are_raised_here(pool, what, kind, text):
     with pytest.raises(kind, match=text) as error:
-        list(pool.run([(what, 0, None)]))
+        run(pool, [(what, 0, None)])
     assert error.value.where and (what == "bug" or error.value.hint == "mend it")
 
 
 def test_workers_that_never_start_end_the_run():
-    pool = WorkerPool(2, start_and_die, do, lambda text: None)
+    pool = WorkerPool(2, ProcessCrew(start_and_die), lambda text: None)
     with pytest.raises(RunError, match=r"don't start(.|\n)*ended with code 7"):
-        list(pool.run([("sum", 0, None)]))
+        run(pool, [("sum", 0, None)])
     pool.close()
 
 
 def test_closing_does_not_wait(pool):
-    answers = pool.run([("sum", 0, None), ("slow", 1, None)])
-    assert next(answers)[0] == 0
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(Listed([("sum", 0, None), ("slow", 1, None)], stop_after=1))
     started = time.monotonic()
     pool.close()
     assert time.monotonic() - started < 10

@@ -70,8 +70,9 @@ def test_run_folder_has_its_form(whole, tiny_llama):
     log = (whole.folder / "logs" / "0.log").read_text().splitlines()
     lines = [line for line in log if "proxy error" in line]
     assert len(lines) == 14
-    for part in ("model.layers.0.self_attn.q_proj", "32x32", "bits", "k-means", "sweep", " s"):
-        assert part in lines[0]
+    (line,) = [line for line in lines if "model.layers.0.self_attn.q_proj" in line]
+    for part in ("32x32", "bits", "k-means", "sweep", " s"):
+        assert part in line
 
 
 @pytest.mark.parametrize("after", [1, 7, 10])
@@ -243,7 +244,7 @@ def test_workers_give_the_same_bytes_and_a_log_each(whole, tiny_llama, text_file
     assert packed_bytes(result.folder) == packed_bytes(whole.folder)
     logs = [(result.folder / "logs" / f"{w}.log").read_text() for w in (0, 1)]
     assert sum(log.count("proxy error") for log in logs) == 14
-    assert not list(result.folder.glob("hessians-*"))
+    assert not (result.folder / "scratch").exists()
 
 
 def test_fault_in_a_worker_keeps_its_message(tiny_llama, text_file, tmp_path):

@@ -43,7 +43,7 @@ def token_weights(
     """
     total = sum(tokens.numel() for tokens in batches)
     found = {name: torch.zeros(groups, total) for name, groups in row_groups.items()}
-    each = _batches_at_once(runner, batches)
+    each = batches_at_once(runner, batches)
     places = dict.fromkeys(found, 0)
     for start in range(0, len(batches), each):
         group = batches[start : start + each]
@@ -60,7 +60,7 @@ def token_weights(
     return found
 
 
-def _batches_at_once(runner: BlockRunner, batches: list[Tensor]) -> int:
+def batches_at_once(runner: BlockRunner, batches: list[Tensor]) -> int:
     """How many batches have the inputs of all their blocks kept together."""
     size = getattr(runner.model.config, "hidden_size", 4096) * runner.dtype.itemsize
     each = max(tokens.numel() for tokens in batches) * size * (len(runner.skeleton.blocks) + 2)

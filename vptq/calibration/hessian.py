@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vptq.calibration.runs import InputSums, Subtree, TreeSum
 from vptq.errors import NumericalError
 
 CHUNK_TOKENS = 1024  # tensor cores add up to here; longer sums lose what float32 would keep
@@ -19,7 +20,7 @@ SMALLEST = 1e-14  # that they are brought up from: the square of the power must 
 
 
 class HessianAccumulator:
-    """H = mean over tokens of x xᵀ, taken in one batch at a time; with weights, of s x xᵀ for each of several s.
+    """Sums over tokens of x xᵀ, taken in one batch at a time; with weights, of s x xᵀ for each of several s.
 
     Float32 inputs: the product of each batch is float32, the sum over batches float64, so that the order and number of
     batches move the result by rounding only. Float16 and bfloat16 inputs on a GPU: tensor cores take the products of 1024
@@ -27,7 +28,7 @@ class HessianAccumulator:
 
     Args:
         groups: numbers of weights a token; 0 for none.
-        drifts: also the mean of s (x₀ - x) xᵀ, x₀ the original model's input.
+        drifts: also the sum of s (x₀ - x) xᵀ, x₀ the original model's input.
     """
 
     def __init__(self, size: int, device: torch.device, groups: int = 0, drifts: bool = False) -> None:
@@ -56,25 +57,18 @@ class HessianAccumulator:
                 left, other = _scaled(away, factor, rows.dtype)
                 add_products(self.drift[group], left, right, other * power)
 
-    def merge(self, other: HessianAccumulator) -> None:
-        """Take in what another one has seen."""
-        self.total += other.total
-        if self.drift is not None and other.drift is not None:
-            self.drift += other.drift
-        self.num_tokens += other.num_tokens
-
-    def mean(self) -> Tensor:
-        """(in_features, in_features) float32, symmetric to the bit; (groups, in_features, in_features) with weights."""
-        mean = (self.total / max(self.num_tokens, 1)).float()
-        mean = (mean + mean.transpose(1, 2)) / 2
-        return mean if self.groups else mean[0]
-
-    def mean_drift(self) -> Tensor | None:
-        """Mean of (x₀ - x) xᵀ, shaped as `mean`; None if it was not asked for."""
-        if self.drift is None:
-            return None
-        drift = (self.drift / max(self.num_tokens, 1)).float()
-        return drift if self.groups else drift[0]
+    def take(self) -> InputSums:
+        """The sums as float32; what comes next is summed from nothing."""
+        total, drift = (None if sums is None else sums.float() for sums in (self.total, self.drift))
+        assert total is not None
+        if not self.groups:
+            total, drift = total[0], None if drift is None else drift[0]
+        found = InputSums(total, drift, self.num_tokens)
+        self.num_tokens = 0
+        self.total.zero_()
+        if self.drift is not None:
+            self.drift.zero_()
+        return found
 
 
 def add_products(total: Tensor, left: Tensor, right: Tensor, divisor: Tensor | None = None) -> None:
@@ -126,16 +120,24 @@ def has_mixed_products() -> bool:
 
 @dataclass(frozen=True)
 class Hessian:
-    """One Hessian and the linears (names inside the block) whose input it describes.
-
-    Attributes:
-        matrix: (in, in) float32; (groups, in, in) if weighted. drift: of the same shape, or None (see `LinearInput`).
-    """
+    """One Hessian, (in, in) float32, and the linears (names inside the block) whose input it describes."""
 
     matrix: Tensor
     num_tokens: int
     linears: tuple[str, ...]
-    drift: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BlockSums:
+    """What was seen of a block over some runs of sequences.
+
+    Attributes:
+        subtrees: for each distinct input, named by the first linear that takes it in, what was summed.
+        leaders: linear (name inside the block) -> the name of its input.
+    """
+
+    subtrees: dict[str, list[Subtree]]
+    leaders: dict[str, str]
 
 
 class BlockHessians:
@@ -146,11 +148,16 @@ class BlockHessians:
             come.
         paired: the block runs twice on every batch, first on what the original model gives it, then on what it is calibrated
             on; the drift between the two is taken down.
+        first_run: number of the run of sequences that comes first.
     """
 
-    def __init__(self, block_name: str, weights: Mapping[str, Tensor] | None = None, paired: bool = False) -> None:
+    def __init__(
+        self, block_name: str, weights: Mapping[str, Tensor] | None = None, paired: bool = False, first_run: int = 0
+    ) -> None:
         self.block_name, self.weights, self.paired = block_name, weights, paired
+        self._runs = range(first_run, first_run)  # that have ended
         self._accumulators: dict[str, HessianAccumulator] = {}
+        self._trees: dict[str, TreeSum] = {}
         self._leader: dict[str, str] = {}
         self._seen: dict[int, tuple[str, Tensor]] = {}
         self._originals: dict[str, Tensor] = {}
@@ -216,24 +223,41 @@ class BlockHessians:
             own = own[:, first : self._next_token[suffix]]
         self._accumulators[suffix].add(inputs, own, originals)
 
-    def collect(self) -> list[Hessian]:
-        """One Hessian for each distinct input. Empties the watcher.
+    def end_run(self) -> None:
+        """The next batches are of another run."""
+        run = self._runs.stop
+        for leader, accumulator in self._accumulators.items():
+            if leader not in self._trees:
+                self._trees[leader] = TreeSum()
+                for before in self._runs:
+                    self._trees[leader].add(Subtree(0, before, None))
+            self._trees[leader].add(Subtree(0, run, accumulator.take() if accumulator.num_tokens else None))
+            self._trees[leader].make_room()
+        self._runs = range(self._runs.start, run + 1)
+
+    def collect(self) -> BlockSums:
+        """What the runs that have ended sum up to. Empties the watcher.
 
         Raises:
             NumericalError: non-finite activations; names the linears.
         """
-        hessians, bad = [], []
-        for leader in list(self._accumulators):
-            accumulator = self._accumulators.pop(leader)  # freed before the next one is averaged
-            linears = tuple(s for s, first in self._leader.items() if first == leader)
-            matrix, drift = accumulator.mean(), accumulator.mean_drift()
-            if not bool(torch.isfinite(matrix).all()):
-                bad += [f"{self.block_name}.{s}" for s in linears]
-            hessians.append(Hessian(matrix, accumulator.num_tokens, linears, drift))
+        found = {leader: tree.subtrees for leader, tree in self._trees.items()}
+        self._accumulators.clear()
+        self._trees = {}
+        bad = [
+            f"{self.block_name}.{suffix}"
+            for suffix, leader in self._leader.items()
+            if not all(subtree.sums is None or _is_finite(subtree.sums) for subtree in found.get(leader, ()))
+        ]
         if bad:
             raise NumericalError(
                 "non-finite activations go into these linears",
                 where=bad,
                 hint="check the model's weights, calibrate other text, or use a bfloat16 copy of the model",
             )
-        return hessians
+        return BlockSums(found, {suffix: leader for suffix, leader in self._leader.items() if leader in found})
+
+
+def _is_finite(sums: InputSums) -> bool:
+    """By the diagonals, which any number that is not finite reaches."""
+    return bool(torch.isfinite(sums.total.diagonal(dim1=-2, dim2=-1)).all())

@@ -18,18 +18,19 @@ from vptq.errors import UsageError
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file under its name only when it is whole."""
-    with _whole(path) as partial:
+    with whole_file(path) as partial:
         save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata={"format": "pt", **(metadata or {})})
 
 
 def save_json(path: Path, value: Any) -> None:
     """Write JSON under its name only when it is whole."""
-    with _whole(path) as partial:
+    with whole_file(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
+    """The path to write at; what is there when the block ends well appears under `path`, at once."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with writing_to(path):
         try:

@@ -50,10 +50,13 @@ class BlockRunner:
         skeleton: its non-block weights are loaded here, its blocks when they run.
         source: gives the weights: the original's, or a quantized checkpoint's dequantized ones.
         device, dtype: where and in which float type the blocks run.
+        spare: keep hidden states off a GPU in any case.
     """
 
-    def __init__(self, skeleton: Skeleton, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
-        self.skeleton, self.source, self.device, self.dtype = skeleton, source, device, dtype
+    def __init__(
+        self, skeleton: Skeleton, source: TensorSource, device: torch.device, dtype: torch.dtype, spare: bool = False
+    ) -> None:
+        self.skeleton, self.source, self.device, self.dtype, self.spare = skeleton, source, device, dtype, spare
         self.model = skeleton.model
         self._inputs: dict[tuple[int, int], list[_BlockInputs]] = {}
         self._returns_tuple = False
@@ -237,7 +240,8 @@ class BlockRunner:
         size = getattr(self.model.config, "hidden_size", 4096)
         needed = sum(t.numel() for t in token_batches) * size * self.dtype.itemsize
         free, _ = torch.cuda.mem_get_info(self.device)
-        return self.device if needed < free * KEEP_ON_GPU_FRACTION else torch.device("cpu")
+        stays = not self.spare and needed < free * KEEP_ON_GPU_FRACTION
+        return self.device if stays else torch.device("cpu")
 
     @staticmethod
     def _shape(tokens: Tensor) -> tuple[int, int]:

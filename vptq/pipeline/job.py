@@ -3,6 +3,8 @@
 job.json       settings, the model's fingerprint, what open settings came to, whether the run is finished
 config.yaml    the resolved settings, for `--config`
 work/          one safetensors file a finished linear: its packed tensors, figures and a checksum in the metadata
+fisher/        with --hessian fisher, token weights of the loss, one file a run of sequences
+scratch/       what workers hand over while the run is on; not needed to go on
 logs/0.log     one line a linear (one file a worker)
 """
 
@@ -42,6 +44,7 @@ class Job:
         self.work = folder / "work"
         self.logs = folder / "logs"
         self.codebooks = folder / "codebooks"
+        self.scratch = folder / "scratch"
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -170,6 +173,36 @@ class Job:
                 where=[str(error)],
                 hint=f"delete it and go on with `vptq quantize --resume {self.folder}`",
             ) from error
+
+    def token_weights_file(self, run: int) -> Path:
+        """The file of the loss's token weights of a run of sequences."""
+        return self.folder / "fisher" / f"{run}.safetensors"
+
+    def has_token_weights(self, run: int) -> bool:
+        """Whether it is there, and whole."""
+        try:
+            with safe_open(self.token_weights_file(run), framework="pt") as file:
+                return bool(file.keys())
+        except Exception:
+            return False
+
+    def token_weights(self, run: int, linear: str) -> Tensor:
+        """Of a linear, by its full name: (row_groups, tokens of the run) float32."""
+        with safe_open(self.token_weights_file(run), framework="pt") as file:
+            return file.get_tensor(linear)
+
+    def drop_token_weights(self) -> None:
+        """Free the disk of them."""
+        shutil.rmtree(self.token_weights_file(0).parent, ignore_errors=True)
+
+    def make_scratch(self) -> None:
+        """An empty folder for what workers hand over."""
+        with writing_to(self.scratch):
+            self.scratch.mkdir(exist_ok=True)
+
+    def drop_scratch(self) -> None:
+        """Forget what workers handed over."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def drop_work(self) -> None:
         """Free the disk of what the packed checkpoint holds as well."""

@@ -1,33 +1,28 @@
-"""Worker processes that may die: what one of them was at is done again, by whichever is free."""
+"""Workers that may die: what one of them was at is done again, by whichever is free.
+
+What workers are is a crew's business: processes of this machine (`processes.py`), or actors of a Ray cluster (`ray.py`).
+"""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
-from vptq.errors import INTERRUPTED_EXIT_CODE, RunError, VptqError
+from vptq.errors import RunError, VptqError
 
 MOST_TRIES = 3  # of one piece of work
 MOST_FAILED_STARTS = 3  # in a row, of workers that die before they can work
-SECONDS_TO_END = 5.0
-PARENT_DEATH_SIGNAL = 1  # of prctl
-STARTED, DONE, NO_MEMORY, FAILED, DIED = range(5)  # what a worker says, or what is found of it
+STARTED, PROGRESS, DONE, NO_MEMORY, FAILED, DIED = range(6)  # what a worker says, or what is found of it
 
 
 @dataclass(frozen=True)
 class Try:
-    """A piece of work, and why it was not done in the tries before: an empty text for a first one."""
+    """A piece of work, and why it was not done in the tries before."""
 
     work: Any
     reasons: tuple[str, ...] = ()
@@ -37,13 +32,37 @@ class Try:
         return Try(self.work, (*self.reasons, reason), self.short_of_memory + short_of_memory)
 
 
-@dataclass
-class _Worker:
-    number: int
-    process: BaseProcess
-    pipe: Connection
-    started: bool = False
-    busy: Try | None = None
+class Works(Protocol):
+    """What there is to do: see `schedule.Schedule`, which this is."""
+
+    def take(self, worker: int, alive: Sequence[int]) -> Any: ...
+
+    def done(self, work: Any, answer: Any) -> None: ...
+
+    def advanced(self, work: Any, part: float) -> None: ...
+
+    @property
+    def finished(self) -> bool: ...
+
+
+class Crew(Protocol):
+    """Workers by number.
+
+    Methods:
+        begin: start a worker, or see that a dead one comes back; it says STARTED when it is there.
+        send: give a worker something to do. What it says is DONE, NO_MEMORY or FAILED with a value, PROGRESS before, or, when
+            it is found dead, DIED with the reason.
+        listen: what workers said, (number, what, value) each; waits for something.
+        end: stop all, whatever they are at.
+    """
+
+    def begin(self, number: int) -> None: ...
+
+    def send(self, number: int, given: Try) -> None: ...
+
+    def listen(self) -> list[tuple[int, int, Any]]: ...
+
+    def end(self) -> None: ...
 
 
 class LostWork(RunError):
@@ -54,148 +73,102 @@ class LostWork(RunError):
         self.lost = tuple(lost)
 
 
-@dataclass
 class WorkerPool:
-    """Processes, started with `spawn` when there is work, again when one has died.
+    """Hands out works to a crew of `count`.
 
-    Attributes:
-        count: of processes. start: called once in each, with its number. do: called in it with each `Try`; its answer is sent
-            back, and its exceptions are raised where `run` is; running out of memory is not: that is tried again.
-        note: told of every death and every new try.
+    Args:
+        note: told of every death, and of memory that ran out.
     """
 
-    count: int
-    start: Callable[[int], None]
-    do: Callable[[Try], Any]
-    note: Callable[[str], None]
-    _workers: dict[int, _Worker] = field(default_factory=dict)
-    _failed_starts: int = 0
+    def __init__(self, count: int, crew: Crew, note: Callable[[str], None]) -> None:
+        self.count, self.crew, self.note = count, crew, note
+        self._begun: set[int] = set()
+        self._started: set[int] = set()
+        self._dead: set[int] = set()  # that are not back yet
+        self._busy: dict[int, Try] = {}
+        self._failed_starts = 0
 
-    def run(self, works: Sequence[Any]) -> Iterator[Any]:
-        """The answers, as they come; works are handed out in their order.
+    def begin(self) -> None:
+        """Start all workers, without waiting for them."""
+        for number in range(self.count):
+            if number not in self._begun:
+                self._begun.add(number)
+                self.crew.begin(number)
+
+    def run(self, works: Works) -> None:
+        """Do all works.
 
         Raises:
-            LostWork: once all others are done, for what failed MOST_TRIES times. RunError: workers don't start.
+            LostWork: once all else that can be is done, for what failed MOST_TRIES times. RunError: workers don't start.
         """
-        waiting = deque(Try(work) for work in works)
+        waiting: deque[Try] = deque()
         lost: list[Try] = []
-        while waiting or any(worker.busy for worker in self._workers.values()):
-            self._hand_out(waiting)
-            for worker in self._speaking():
-                said, value = self._listen(worker)
-                given, worker.busy = worker.busy, None
+        self.begin()
+        while not works.finished:
+            self._hand_out(waiting, works)
+            if not self._busy and self._started and len(self._started | self._dead) == self.count:
+                raise LostWork(lost) if lost else RunError("no worker finds anything to do, though not all is done")
+            for number, said, value in self.crew.listen():
+                if said == PROGRESS:
+                    works.advanced(self._busy[number].work, value)
+                    continue
+                given = self._busy.pop(number, None)
                 if said == STARTED:
-                    worker.started, worker.busy, self._failed_starts = True, given, 0
+                    self._started.add(number)
+                    self._dead.discard(number)
+                    self._failed_starts = 0
+                    if value:
+                        self.note(f"worker {number}: {value}")
                 elif said == DONE:
-                    yield value
+                    assert given is not None
+                    works.done(given.work, value)
                 elif said == FAILED:
                     raise value
-                elif given is not None:  # it ran out of memory, or died
-                    again = given.again(value, short_of_memory=said == NO_MEMORY)
-                    (lost if len(again.reasons) >= MOST_TRIES else waiting).append(again)
-        if lost:
+                else:
+                    self._went_wrong(number, said, value)
+                    if given is not None:
+                        again = given.again(value, short_of_memory=said == NO_MEMORY)
+                        (lost if len(again.reasons) >= MOST_TRIES else waiting).append(again)
+        if lost:  # what others did not depend on
             raise LostWork(lost)
 
     def close(self) -> None:
-        """End all processes, whatever they are at."""
-        for worker in self._workers.values():
-            worker.pipe.close()
-            worker.process.terminate()
-        for worker in self._workers.values():
-            worker.process.join(SECONDS_TO_END)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
-        self._workers.clear()
+        """End all workers, whatever they are at."""
+        self.crew.end()
+        for numbers in (self._begun, self._started, self._dead):
+            numbers.clear()
+        self._busy.clear()
 
-    def _hand_out(self, waiting: deque[Try]) -> None:
-        free = [worker for worker in self._workers.values() if worker.started and not worker.busy]
-        while waiting and free:
-            worker = free.pop(0)
-            try:
-                worker.pipe.send(waiting[0])
-                worker.busy = waiting.popleft()
-            except OSError:  # it is dead: heard of in the next round
-                continue
-        missing = [number for number in range(self.count) if number not in self._workers]
-        coming = sum(not worker.started for worker in self._workers.values())
-        for number in missing[: max(0, len(waiting) - coming)]:
-            self._workers[number] = self._new(number)
+    def _hand_out(self, waiting: deque[Try], works: Works) -> None:
+        alive = [number for number in range(self.count) if number not in self._dead]
+        for number in sorted(self._started - self._busy.keys()):
+            work = waiting.popleft() if waiting else works.take(number, alive)
+            if work is not None:
+                self._busy[number] = work if isinstance(work, Try) else Try(work)
+                self.crew.send(number, self._busy[number])
 
-    def _new(self, number: int) -> _Worker:
-        context = torch.multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, number, self.start, self.do, os.getpid()), daemon=True)
-        process.start()
-        theirs.close()  # so that its end is the pipe's end
-        return _Worker(number, process, ours)
-
-    def _speaking(self) -> list[_Worker]:
-        """Those that said something, or died; waits for one."""
-        by_pipe: dict[Any, _Worker] = {worker.pipe: worker for worker in self._workers.values()}
-        return [by_pipe[pipe] for pipe in wait(list(by_pipe))]
-
-    def _listen(self, worker: _Worker) -> tuple[int, Any]:
-        """What it said; of one that died, that it has no answer, and why."""
-        try:
-            said: tuple[int, Any] = worker.pipe.recv()
-            if said[0] == NO_MEMORY:
-                self.note(f"worker {worker.number}: {said[1]}")
-            return said
-        except (EOFError, OSError):
-            return DIED, self._bury(worker)
-
-    def _bury(self, worker: _Worker) -> str:
-        worker.pipe.close()
-        worker.process.join()
-        del self._workers[worker.number]
-        reason = f"worker {worker.number} {_ending(worker.process.exitcode)}"
-        self.note(reason)
-        self._failed_starts += not worker.started
-        if self._failed_starts >= MOST_FAILED_STARTS:
-            raise RunError(
-                "worker processes don't start", where=[reason], hint="their own messages are above; or use --num_gpus 1"
-            )
-        return reason
+    def _went_wrong(self, number: int, said: int, value: str) -> None:
+        self.note(f"worker {number}: {value}" if said == NO_MEMORY else value)
+        if said == DIED:
+            self._failed_starts += number not in self._started
+            self._started.discard(number)
+            self._dead.add(number)
+            if self._failed_starts >= MOST_FAILED_STARTS:
+                hint = "their own messages are above; or use --num_gpus 1"
+                raise RunError("worker processes don't start", where=[value], hint=hint)
+            self.crew.begin(number)
 
 
-def _ending(code: int | None) -> str:
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        return f"was killed ({name})" + (", as happens when memory runs out" if -code == signal.SIGKILL else "")
-    return f"ended with code {code}"
-
-
-def _serve(pipe: Connection, number: int, start: Callable[[int], None], do: Callable[[Try], Any], parent: int) -> None:
-    """A worker's life."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED_EXIT_CODE))  # files appear by rename: nothing is lost
-    _die_with(parent)
-    start(number)
-    pipe.send((STARTED, None))
-    while True:
-        try:
-            given: Try = pipe.recv()
-        except (EOFError, OSError):
-            return
-        pipe.send(_answer(do, given))
-
-
-def _answer(do: Callable[[Try], Any], given: Try) -> tuple[int, Any]:
+def answer_to(do: Callable[[Try], Any], given: Try) -> tuple[int, Any]:
+    """In a worker: what it says of something it was given to do."""
     try:
         return DONE, do(given)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-        return NO_MEMORY, f"ran out of memory: {(str(error).splitlines() or [''])[0][:200]}"
+        text = (str(error).splitlines() or [""])[0][:200]
     except VptqError as error:
         return FAILED, error
     except Exception as error:
         return FAILED, RunError(f"a worker failed: {type(error).__name__}: {error}", where=traceback.format_exc().splitlines())
-
-
-def _die_with(parent: int) -> None:
-    """Where the system can do it, end when the parent does, even if that is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
-        if os.getppid() != parent:  # it was quicker
-            os._exit(1)
+    if torch.cuda.is_initialized():  # here the traceback is gone, and with it what it held
+        torch.cuda.empty_cache()
+    return NO_MEMORY, f"ran out of memory: {text}"

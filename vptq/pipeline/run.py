@@ -1,6 +1,7 @@
 """The order of things in a `quantize` run.
 
 plan -> tokens -> block by block: inputs, Hessians, linears, each on disk as soon as it is done -> checkpoints -> perplexity.
+Who does the work of a block, this process or others, is the executor's business; in which order, that of the stages.
 """
 
 from __future__ import annotations
@@ -11,11 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vptq.bits import checkpoint_bits
-from vptq.calibration.hessian import Hessian
 from vptq.calibration.hessian_store import HessianStore, label_of
 from vptq.checkpoint.reader import is_packed
 from vptq.config import QuantConfig
@@ -28,19 +27,21 @@ from vptq.models.files import save_json, writing_to
 from vptq.models.headers import fingerprint, folder_bytes
 from vptq.models.runner import BlockRunner
 from vptq.models.stream import TensorSource
-from vptq.pipeline.calibrate import Calibrator
-from vptq.pipeline.codebooks import codebook_file, prepare_codebooks
-from vptq.pipeline.cost import fisher_units, forward_units, hessian_units, linear_units
+from vptq.pipeline.codebooks import prepare_codebooks
+from vptq.pipeline.cost import fisher_units, forward_units, linear_units
 from vptq.pipeline.evaluate import load_windows
+from vptq.pipeline.first_plan import ALLOCATION, first_plan
 from vptq.pipeline.fold import choose_fold, open_folder
 from vptq.pipeline.job import FREE_ON_RESUME, Job, check_resume
 from vptq.pipeline.outcome import RunResult, finished_result
 from vptq.pipeline.plan import LinearPlan, RunPlan, check_disk
 from vptq.pipeline.progress import Progress, Silent
 from vptq.pipeline.results import Results
-from vptq.pipeline.settle import TOKEN_WEIGHTS, Context, first_plan, run_notes, settle
-from vptq.pipeline.task import LinearTask, Moments
+from vptq.pipeline.schedule import BlockWalk, Watch
+from vptq.pipeline.settle import Context, run_notes, settle
+from vptq.pipeline.stages import Passage, Quantizing, blocks_ahead, shares_of
 from vptq.pipeline.workers import check_workers, make_executor
+from vptq.pipeline.works import QuantizeLinears, Work
 from vptq.quantize.trial import settle_kernels
 from vptq.recipe import OFF
 
@@ -85,10 +86,11 @@ class _Run:
     def __init__(self, config: QuantConfig, job: Job | None, progress: Progress) -> None:
         self.started = time.perf_counter()
         self.config, self.progress = config, progress
+        self._last_phase = ""
         if job is not None:
             job.lock()
         self.device = resolve_device(config.device)
-        self.slow = settle_kernels(self.device)
+        self.slow = settle_kernels(self.device) if config.num_gpus == 1 else None  # else workers find out
         check_workers(self.device, config.num_gpus)
         folder = resolve_folder(config.model_name)
         self.skeleton: Skeleton = load_skeleton(folder, config.trust_remote_code, forced_dtype(self.device))
@@ -109,6 +111,8 @@ class _Run:
             linear for linear in self.plan.everything if linear.name not in self.figures and not linear.layer.weight_of
         ]
         self.tokens = self._calibration_tokens()
+        self.shares = () if self.tokens is None else shares_of(self.tokens, config.num_gpus)
+        self.watch = Watch(self._phase, self.progress.advance)
         self.windows = self._evaluation_windows()
         self._check_disk(job)
         if self.store is not None:
@@ -122,7 +126,8 @@ class _Run:
             job.lock()
         job.check_facts(self._facts())
         self.job = job
-        self.executor = make_executor(self.job, self.source, self.device, config.num_gpus, self._note)
+        tokens = None if self.tokens is None else self.tokens.tokens
+        self.executor = make_executor(self.job, self.skeleton, self.source, self.device, tokens, self._note)
 
     def _finished(self, job: Job | None) -> dict[str, dict[str, Any]]:
         """Linears that a stopped run left whole, and their figures."""
@@ -201,13 +206,18 @@ class _Run:
     def execute(self) -> RunResult:
         try:
             self._announce()
-            self._quantize_blocks()
+            self._quantize()
         finally:
             self.executor.close()
             self.source.close()
         self._results().write(self.config, self.progress)
         perplexities = self._evaluate()
         return self._conclude(perplexities)
+
+    def _phase(self, text: str) -> None:
+        if text != self._last_phase:
+            self._last_phase = text
+            self.progress.phase(text)
 
     def _note(self, text: str) -> None:
         self.progress.note(text)
@@ -222,66 +232,60 @@ class _Run:
             self._note(text)
         total = sum(linear_units(linear) for linear in self.plan.everything)
         done = total - sum(linear_units(linear) for linear in self.todo)
-        for block in range(self.last_forward_block + 1):
-            total += self._forward_units(block) * (1 if self.config.bits is None else 2)
-        if self.config.calibration.hessian == "fisher" and self.tokens is not None:
-            total += fisher_units(self.plan, self.tokens.tokens.numel())
+        if self.tokens is not None:
+            total += self._calibration_units(self.tokens.tokens.numel())
         total += 2 * sum(self._evaluation_units(windows) for windows in self.windows.values())
         self.progress.start(total, done)
 
-    def _forward_units(self, block: int) -> float:
-        assert self.tokens is not None
-        count = self.tokens.tokens.numel()
-        return forward_units(self.plan, block, count) + (hessian_units(self.plan, block, count) if self._needs(block) else 0)
+    def _calibration_units(self, tokens: int) -> float:
+        passage = Passage(self.skeleton, self.plan, tokens, self.shares, self.last_forward_block)
+        new = {linear.info.block for linear in self.todo if linear.name not in self.kept}
+        total = sum(passage.units(block, block in new) for block in range(passage.last + 1))
+        if self.config.bits is not None and not (self.job.folder / ALLOCATION).exists():
+            total += sum(passage.units(block, True) for block in range(len(self.skeleton.blocks)))
+        return total + (fisher_units(self.plan, tokens) if self.config.calibration.hessian == "fisher" else 0.0)
 
     def _evaluation_units(self, windows: Tensor) -> float:
         return sum(forward_units(self.plan, block, windows.numel()) for block in range(len(self.skeleton.blocks)))
 
-    def _needs(self, block: int) -> list[LinearPlan]:
-        """Linears of a block that are to do and whose Hessian must be made."""
-        return [linear for linear in self.todo if linear.info.block == block and linear.name not in self.kept]
-
-    def _settle(self) -> Context | None:
-        """Choose what was left open. None where all Hessians are at hand and no text is needed."""
-        context, weights = None, None
+    def _settle(self) -> dict[str, float] | None:
+        """Choose what was left open; gives the means of token weights, if there are any."""
+        means = None
         if self.tokens is not None:
-            parts = self.skeleton, self.source, self.device, self.dtype, self.tokens
-            context = Context(self.config, *parts, self.job, self.progress, self.fold)
-            self.plan, weights = settle(context, self.plan)
+            parts = self.skeleton, self.source, self.tokens, self.job, self.progress, self.fold
+            context = Context(self.config, *parts, self.executor, self.shares, self.watch)
+            self.plan, means = settle(context, self.plan)
             left = {linear.name for linear in self.todo}
             self.todo = [linear for linear in self.plan.everything if linear.name in left]
-        self.weights = weights
         names = [linear.name for linear in self.plan.linears]
         prepare_codebooks(self.job.codebooks, [linear.config for linear in self.todo], self.device, self.source, names)
-        return context
+        return means
 
-    def _quantize_blocks(self) -> None:
-        context = self._settle()
-        calibrator = None
-        if context is not None:
-            self.progress.phase("calibrating")
-            quantized = self._results().source() if self.config.calibration.sequential else None
-            calibrator = context.calibrator(self.weights, quantized)
-        for block in range(len(self.skeleton.blocks)):
-            fresh: list[Hessian] = []
-            if calibrator is not None and block <= self.last_forward_block:
-                self.progress.phase(f"block {block}: calibrating")
-                fresh = self._run_block(calibrator, block)
-            self._quantize_block(block, fresh)
-            if calibrator is not None and block < self.last_forward_block:
-                calibrator.follow(block)
-        self._quantize_ends(calibrator)
-        if calibrator is not None:
-            calibrator.close()
+    def _quantize(self) -> None:
+        means = self._settle()
+        calibration = self.config.calibration
+        tokens = 0 if self.tokens is None else self.tokens.tokens.numel()
+        last, sequential = self.last_forward_block, calibration.sequential
+        passage = Passage(self.skeleton, self.plan, tokens, self.shares, last, sequential, means)
+        heads = {end.name: head for end in self.todo if (head := self._served_head(end))}
+        quantizing = Quantizing(
+            passage, tuple(self.todo), self.device, self.job.codebooks, self.store, self.kept, self._provenance(), heads
+        )
+        ahead = blocks_ahead(self.executor.count, sequential)
+        self.executor.run(BlockWalk(quantizing.stages(), ahead, calibration.drift_frac, self.watch, self._done))
 
-    def _quantize_ends(self, calibrator: Calibrator | None) -> None:
-        """Embeddings, in which every error counts alike, and what serves as head, by what goes into it."""
-        for linear in [linear for linear in self.todo if linear in self.plan.ends]:
-            self.progress.phase(f"{linear.name}: quantizing")
-            head = self._served_head(linear)
-            alike = torch.eye(linear.info.in_features)
-            hessian = calibrator.head(head) if head and calibrator is not None else alike
-            self._execute([linear], {linear.info.suffix: Moments(hessian)})
+    def _done(self, work: Work, answer: Any) -> None:
+        if isinstance(work, QuantizeLinears):
+            self.figures |= {figures["name"]: figures for figures in answer}
+
+    def _provenance(self) -> dict[str, str]:
+        """What kept Hessians say of their text."""
+        if self.tokens is None:
+            return {}
+        count, length = str(self.tokens.num_sequences), str(self.tokens.seq_len)
+        return {
+            "dataset": self.tokens.dataset, "nsamples": count, "seq_len": length, "seed": str(self.config.calibration.seed)
+        }  # fmt: skip
 
     def _served_head(self, end: LinearPlan) -> str:
         """The head that an end is or, tied, stands for; empty if neither."""
@@ -291,62 +295,6 @@ class _Run:
 
     def _results(self) -> Results:
         return Results(self.job, self.skeleton, self.source, self.device, self.plan)
-
-    def _run_block(self, calibrator: Calibrator, block: int) -> list[Hessian]:
-        """Carry the states past a block; on the way, its Hessians where they are needed, kept where that is asked for."""
-        units = self._forward_units(block) / calibrator.num_batches
-        last = block == self.last_forward_block
-        fresh = calibrator.block(block, bool(self._needs(block)), last, lambda: self.progress.advance(units))
-        if self.store is not None and self.tokens is not None:
-            provenance = {
-                "dataset": self.tokens.dataset,
-                "nsamples": str(self.tokens.num_sequences),
-                "seq_len": str(self.tokens.seq_len),
-                "seed": str(self.config.calibration.seed),
-            }
-            wanted = {linear.info.suffix for linear in self._needs(block)}
-            for hessian in fresh:
-                if wanted & set(hessian.linears):  # what the folder holds stays as it is
-                    self.store.save(block, hessian, provenance)
-        return fresh
-
-    def _quantize_block(self, block: int, fresh: list[Hessian]) -> None:
-        todo = [linear for linear in self.todo if linear.info.block == block]
-        if not todo:
-            return
-        self.progress.phase(f"block {block}: quantizing")
-        part = self.config.calibration.drift_frac
-        drifts = {id(hessian): None if hessian.drift is None else hessian.drift * part for hessian in fresh}
-        moments = {id(hessian): Moments(hessian.matrix, drifts[id(hessian)]) for hessian in fresh}
-        made = {suffix: moments[id(hessian)] for hessian in fresh for suffix in hessian.linears}
-        loaded: dict[Path, Moments] = {}
-        hessians: dict[str, Moments] = {}
-        for linear in todo:
-            path = self.kept.get(linear.name)
-            if path is not None and self.store is not None:
-                if path not in loaded:
-                    loaded[path] = Moments(self.store.load(path, linear.info.in_features))
-                hessians[linear.info.suffix] = loaded[path]
-            elif linear.info.suffix in made:
-                hessians[linear.info.suffix] = made[linear.info.suffix]
-        unseen = [linear.name for linear in todo if linear.info.suffix not in hessians]
-        if unseen:
-            raise UsageError(
-                "no calibration token reaches these linears",
-                where=unseen,
-                hint="calibrate with more text (--nsamples, --dataset)",
-            )
-        self._execute(todo, hessians)
-
-    def _execute(self, todo: list[LinearPlan], hessians: Mapping[str, Moments]) -> None:
-        units = {linear.name: linear_units(linear) for linear in todo}
-        for figures in self.executor.run([self._task(linear) for linear in todo], hessians):
-            self.figures[figures["name"]] = figures
-            self.progress.advance(units[figures["name"]])
-
-    def _task(self, linear: LinearPlan) -> LinearTask:
-        codebook = codebook_file(self.job.codebooks, linear.config) if linear.config.is_shared else None
-        return LinearTask(linear, self.skeleton.dtype, codebook)
 
     # -- what comes out -------------------------------------------------------------------------------------------------
 
@@ -384,7 +332,7 @@ class _Run:
             save_json(self.job.folder / "ppl_results.json", results)
         save_json(self.job.folder / "linears.json", list(figures))
         self.job.save(finished=True)
-        (self.job.folder / TOKEN_WEIGHTS).unlink(missing_ok=True)
+        self.job.drop_token_weights()
         if packed.exists():
             self.job.drop_work()
         self.progress.finish()

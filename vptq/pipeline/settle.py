@@ -2,49 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from vptq.calibration.fisher import token_weights
 from vptq.calibration.hessian_store import HessianStore
-from vptq.config import LinearConfig, QuantConfig
+from vptq.config import QuantConfig
 from vptq.data import TokenSequences
-from vptq.evaluation.perplexity import token_batches
 from vptq.models.architecture import Skeleton
-from vptq.models.files import save_json
+from vptq.models.files import save_json, writing_to
 from vptq.models.prefetch import PrefetchingFolder
-from vptq.models.runner import BlockRunner
-from vptq.models.stream import TensorSource
-from vptq.pipeline.allocation import allocate, allocation_table, nearest_rung, read_sensitivity, to_json
-from vptq.pipeline.calibrate import Calibrator
-from vptq.pipeline.cost import fisher_units, forward_units, hessian_units
+from vptq.pipeline.allocation import allocate, allocation_table, read_sensitivity, to_json
+from vptq.pipeline.cost import fisher_units
+from vptq.pipeline.first_plan import ALLOCATION, planned_as_allocated
 from vptq.pipeline.fold import Fold
 from vptq.pipeline.job import Job
-from vptq.pipeline.measure import LossWeights, kept_weights, measure_sensitivity
-from vptq.pipeline.plan import RunPlan, make_plan
+from vptq.pipeline.measure import mean_weights
+from vptq.pipeline.plan import RunPlan
 from vptq.pipeline.progress import Progress, table
-from vptq.recipe import OFF
-
-ALLOCATION = "allocation.json"
-TOKEN_WEIGHTS = "fisher.safetensors"
-
-
-def first_plan(
-    config: QuantConfig, skeleton: Skeleton, source: PrefetchingFolder, job: Job | None, fold: Fold | None
-) -> RunPlan:
-    """The plan as far as it is known: with --bits as a stopped run chose, or, before that, all at the nearest rung."""
-    if config.bits is None:
-        return make_plan(config, skeleton, source, fold=fold)
-    config.validate()
-    path = job.folder / ALLOCATION if job is not None else None
-    if path is not None and path.exists():
-        return make_plan(config, skeleton, source, _read_allocation(path, config.linear), fold)
-    return make_plan(replace(config, linear=nearest_rung(config.linear, config.bits)), skeleton, source, fold=fold)
+from vptq.pipeline.schedule import BlockWalk, InOrder, Watch
+from vptq.pipeline.stages import Passage, blocks_ahead, measuring_stages
+from vptq.pipeline.workers import Executor
+from vptq.pipeline.works import Weigh
 
 
 def run_notes(
@@ -71,83 +51,82 @@ def run_notes(
 
 @dataclass(frozen=True)
 class Context:
-    """What a run works with."""
+    """What a run works with. shares: of the calibration text, runs of sequences. watch: is told of progress."""
 
     config: QuantConfig
     skeleton: Skeleton
     source: PrefetchingFolder
-    device: torch.device
-    dtype: torch.dtype
     tokens: TokenSequences
     job: Job
     progress: Progress
     fold: Fold | None
+    executor: Executor
+    shares: tuple[range, ...]
+    watch: Watch
 
-    def calibrator(self, weights: LossWeights | None, quantized: TensorSource | None = None) -> Calibrator:
+    @property
+    def num_runs(self) -> int:
+        return self.shares[-1].stop
+
+    def passage(self, plan: RunPlan, means: Mapping[str, float] | None, last: int, sequential: bool = False) -> Passage:
         """The calibration text before the first block."""
-        relative = weights.relative if weights is not None else None
-        return Calibrator(self.skeleton, self.source, self.device, self.dtype, self.tokens, relative, quantized)
+        return Passage(self.skeleton, plan, self.tokens.tokens.numel(), self.shares, last, sequential, means)
 
 
-def settle(context: Context, plan: RunPlan) -> tuple[RunPlan, LossWeights | None]:
-    """Measure what the settings ask for, and choose what they leave open; what a stopped run found is taken up."""
-    weights = None
+def settle(context: Context, plan: RunPlan) -> tuple[RunPlan, dict[str, float] | None]:
+    """Measure what the settings ask for, and choose what they leave open; what a stopped run found is taken up.
+
+    Returns:
+        The plan, and with --hessian fisher the mean of every linear's token weights, by full name.
+    """
+    means = None
     if context.config.calibration.hessian == "fisher":
-        context.progress.phase("gradients of the loss")
-        absolute = kept_weights(context.job.folder / TOKEN_WEIGHTS, lambda: _loss_weights(context, plan))
-        weights = LossWeights(absolute, plan)  # for every rung alike: groups of rows are the same on all
+        _weigh_tokens(context, plan)  # for every rung alike: groups of rows are the same on all
+        means = mean_weights(context.job, context.num_runs, [linear.name for linear in plan.linears])
     if context.config.bits is not None:
-        plan = _allocated(context, plan, context.config.bits, weights)
-    return plan, weights
+        plan = _allocated(context, plan, context.config.bits, means)
+    return plan, means
 
 
-def _loss_weights(context: Context, plan: RunPlan) -> dict[str, Tensor]:
+def _weigh_tokens(context: Context, plan: RunPlan) -> None:
+    """Token weights of the loss, a file for each run of sequences."""
+    with writing_to(context.job.folder):
+        context.job.token_weights_file(0).parent.mkdir(exist_ok=True)
     row_groups = {linear.name: linear.layer.row_groups for linear in plan.linears}
+    works = [Weigh(runs, row_groups) for runs in context.shares]
     total = fisher_units(plan, context.tokens.tokens.numel())
-    runner = BlockRunner(context.skeleton, context.source, context.device, context.dtype)
-    batches = token_batches(context.tokens.tokens)
-    found = token_weights(runner, batches, row_groups, lambda part: context.progress.advance(part * total))
-    runner.unload()
-    return found
+    units = [total * len(runs) / context.num_runs for runs in context.shares]
+    context.executor.run(InOrder(works, units, "gradients of the loss", context.watch, lambda work, answer: None))
 
 
-def _allocated(context: Context, plan: RunPlan, bits: float, weights: LossWeights | None) -> RunPlan:
+def _allocated(context: Context, plan: RunPlan, bits: float, means: Mapping[str, float] | None) -> RunPlan:
     """The plan with every linear's setting chosen."""
     path = context.job.folder / ALLOCATION
     base = context.config.linear
     if not path.exists():
         infos = [linear.info for linear in plan.linears]
-        sensitivity = _sensitivity(context, plan, weights)
+        sensitivity = _sensitivity(context, plan, means)
         found = allocate(infos, sensitivity, base, bits, context.skeleton.dtype.itemsize * 8)
         settings = {name: [config.vector_len, config.trellis_bits] for name, config in found.settings.items()}
         save_json(path, {"bits": found.bits, "loss": found.loss, "settings": settings})
         context.progress.note(f"{found.bits:.4f} stored bits a weight:\n{table(allocation_table(found, infos))}")
         context.job.log(f"allocation: {found.bits:.4f} stored bits a weight, predicted rise of the loss {found.loss:.4f}")
-    return make_plan(context.config, context.skeleton, context.source, _read_allocation(path, base), context.fold)
+    return planned_as_allocated(context.config, context.skeleton, context.source, path, context.fold)
 
 
-def _read_allocation(path: Path, base: LinearConfig) -> dict[str, LinearConfig]:
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    return {name: replace(base, vector_lens=(OFF, v), trellis_bits=bits) for name, (v, bits) in stored.items()}
-
-
-def _sensitivity(context: Context, plan: RunPlan, weights: LossWeights | None) -> dict[str, float]:
+def _sensitivity(context: Context, plan: RunPlan, means: Mapping[str, float] | None) -> dict[str, float]:
     given = context.config.sensitivity_path
     path = Path(given).expanduser() if given else context.job.folder / "sensitivity.json"
     settings = _measured_with(context)
+    names = [linear.name for linear in plan.linears]
     if path.exists():
-        return read_sensitivity(path, context.job.fingerprint, settings, [linear.name for linear in plan.linears])
-    context.progress.phase("sensitivity of the linears")
-    calibrator = context.calibrator(weights)
-    count = context.tokens.tokens.numel()
-
-    def advance(block: int) -> None:
-        units = forward_units(plan, block, count) + hessian_units(plan, block, count)
-        context.progress.advance(units / calibrator.num_batches)
-
-    means = weights.means if weights is not None else None
-    found = measure_sensitivity(calibrator, plan, means, context.source, context.device, advance)
-    calibrator.close()
+        return read_sensitivity(path, context.job.fingerprint, settings, names)
+    measured: dict[str, float] = {}
+    last = max(linear.info.block for linear in plan.linears)
+    stages = measuring_stages(context.passage(plan, means, last))
+    ahead = blocks_ahead(context.executor.count, False)
+    context.executor.run(BlockWalk(stages, ahead, 1.0, context.watch, lambda work, answer: measured.update(answer)))
+    found = {name: measured[name] for name in names}
     save_json(path, to_json(found, context.job.fingerprint, settings, context.job.facts))
     return found
 

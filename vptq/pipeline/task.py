@@ -14,6 +14,7 @@ from vptq.backend import use_kernels
 from vptq.checkpoint.names import to_tensors
 from vptq.models.stream import TensorSource
 from vptq.pipeline.codebooks import load_codebooks
+from vptq.pipeline.hessians import Moments
 from vptq.pipeline.job import Job
 from vptq.pipeline.plan import LinearPlan
 from vptq.quantize.linear import LinearInput, quantize_linears
@@ -29,14 +30,6 @@ class LinearTask:
     plan: LinearPlan
     dtype: torch.dtype
     codebook: Path | None = None
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What is known of a linear's inputs: see `LinearInput`."""
-
-    hessian: Tensor
-    drift: Tensor | None = None
 
 
 @dataclass(frozen=True)
