@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -22,6 +22,7 @@ from vptq.pipeline.pool import DIED, PROGRESS, STARTED, Try, answer_to
 SECONDS_TO_END = 5.0
 PARENT_DEATH_SIGNAL = 1  # of prctl
 TELL_EVERY = 0.2  # seconds
+WAITING = "OMP_WAIT_POLICY"
 Do = Callable[[Try, Callable[[float], None]], Any]
 Start = Callable[[int], tuple[Do, str | None]]
 
@@ -49,7 +50,8 @@ class ProcessCrew:
         context = torch.multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, number, self.start, os.getpid()), daemon=True)
-        process.start()
+        with _patient_threads():
+            process.start()
         theirs.close()  # so that its end is the pipe's end
         self._processes[number] = _Process(process, ours)
 
@@ -85,6 +87,18 @@ class ProcessCrew:
             worker.process.join()
             del self._processes[number]
             return DIED, f"worker {number} {_ending(worker.process.exitcode)}"
+
+
+@contextlib.contextmanager
+def _patient_threads() -> Iterator[None]:
+    """CPU workers have more threads than there are cores, between them: those that wait must not keep others from working."""
+    before = os.environ.get(WAITING)
+    os.environ.setdefault(WAITING, "PASSIVE")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[WAITING]
 
 
 def _ending(code: int | None) -> str:

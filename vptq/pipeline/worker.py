@@ -37,12 +37,16 @@ TOKENS = "tokens.safetensors"
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker in a process of its own needs to begin: settings are in the run folder."""
+    """What a worker in a process of its own needs to begin: settings are in the run folder.
+
+    threads: of a CPU worker, as many as one process would use alone, since sums depend on how threads share them.
+    """
 
     run_folder: Path
     model_folder: Path
     base_prefix: str
     fold: Fold | None
+    threads: int
 
 
 class Worker:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -88,9 +87,8 @@ class Processes:
     ) -> None:
         self.count, self.job = count, job
         gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-        threads = max(1, (os.cpu_count() or 1) // count)
         setup = hand_over(job, source, tokens)
-        self.pool = WorkerPool(count, ProcessCrew(functools.partial(_start_worker, gpus, threads, setup)), note)
+        self.pool = WorkerPool(count, ProcessCrew(functools.partial(_start_worker, gpus, setup)), note)
         self.pool.begin()
 
     def run(self, schedule: Schedule) -> None:
@@ -125,8 +123,14 @@ def make_executor(
     tokens: Tensor | None,
     note: Callable[[str], None],
 ) -> Executor:
-    """This process where one worker is asked for, else a process for each."""
+    """This process where one worker is asked for, else a process for each.
+
+    Args:
+        tokens: (num_sequences, seq_len) int64, of the calibration text; None if it is not needed.
+    """
     job.drop_scratch()  # of a run that was killed
+    if device.type != "cuda":
+        torch.set_num_threads(torch.get_num_threads())  # else MKL takes fewer where it sees fit, and sums differ
     count = job.config.num_gpus
     if count == 1:
         return InProcess(Worker(job, skeleton, source, device, tokens))
@@ -134,12 +138,12 @@ def make_executor(
 
 
 def hand_over(job: Job, source: PrefetchingFolder, tokens: Tensor | None) -> Setup:
-    """Put what workers need where they find it."""
+    """Put what workers need where they find it. tokens: (num_sequences, seq_len) int64, or None."""
     job.make_scratch()
     if tokens is not None:
         save_tensors(job.scratch / TOKENS, {"tokens": tokens})
     fold = source.fold if isinstance(source, FoldedFolder) else None
-    return Setup(job.folder, source.folder, source.base_prefix, fold)
+    return Setup(job.folder, source.folder, source.base_prefix, fold, torch.get_num_threads())
 
 
 def settled(answer: Any) -> Any:
@@ -176,13 +180,13 @@ def _raise_failed(answer: Any) -> None:
             future.result()
 
 
-def _start_worker(gpus: int, threads: int, setup: Setup, number: int) -> tuple[Do, str | None]:
+def _start_worker(gpus: int, setup: Setup, number: int) -> tuple[Do, str | None]:
     if gpus:
         device = torch.device("cuda", number % gpus)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(threads)
+        torch.set_num_threads(setup.threads)
     slow = settle_kernels(device)
     worker = Worker.from_files(setup, device, number)
     worker.job.log(f"worker {number} on {device}", number)
