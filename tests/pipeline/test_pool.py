@@ -1,5 +1,6 @@
 """Workers that die, run out of memory, fail or never start."""
 
+import functools
 import os
 import signal
 import time
@@ -15,6 +16,14 @@ from vptq.pipeline.processes import ProcessCrew
 def start(number):
     os.environ["WORKER"] = str(number)
     return do, None
+
+
+def warm(number):
+    pass
+
+
+def warm_and_die(number):
+    os._exit(7)
 
 
 def start_and_die(number):
@@ -54,7 +63,7 @@ def run(pool, works):
 def do(given, progress):
     """work: (what, number, a file); what is done only until the file is there, or always, without one."""
     what, number, marker = given.work
-    if marker is None or not Path(marker).exists():
+    if what != "full" and (marker is None or not Path(marker).exists()):
         if marker is not None:
             Path(marker).touch()
         if what == "die":
@@ -73,13 +82,25 @@ def do(given, progress):
             for _ in range(4):
                 progress(0.25)
                 time.sleep(0.3)
-    return number, int(os.environ["WORKER"]), given.short_of_memory
+    answer = number, int(os.environ["WORKER"]), given.short_of_memory
+    return functools.partial(end_later, what, answer, marker)
+
+
+def end_later(what, answer, marker):
+    """What is done beside the next work."""
+    if what == "write":
+        time.sleep(1)
+    if what == "full" and not marker.exists():
+        marker.touch()
+        raise OSError("no space")
+    return answer
 
 
 @pytest.fixture
 def pool():
     notes = []
-    found = WorkerPool(2, ProcessCrew(start), notes.append)
+    found = WorkerPool(2, ProcessCrew(warm), notes.append)
+    found.crew.set_out(start)
     found.notes = notes
     yield found
     found.close()
@@ -112,6 +133,19 @@ def test_parts_are_told_on_the_way(pool):
     assert len(listed.parts) >= 2 and sum(part for _, part in listed.parts) <= 1
 
 
+def test_files_are_written_while_the_next_work_is_done(tmp_path):
+    pool = WorkerPool(1, ProcessCrew(warm))
+    pool.crew.set_out(start)
+    run(pool, [("sum", 0, None)])
+    started = time.monotonic()
+    found = run(pool, [("write", 1, None), ("parts", 2, None), ("sum", 3, None)])
+    assert [number for number, _, _ in found] == [1, 2, 3], "in the order in which they were given"
+    assert time.monotonic() - started < 1.9
+    with pytest.raises(RunError, match="OSError: no space"):
+        run(pool, [("full", 4, tmp_path / "marker"), ("sum", 5, None)])
+    pool.close()
+
+
 def test_lost_work_is_told_after_all_else_is_done(pool):
     listed = Listed([("die", 0, None), ("memory", 1, None), *(("sum", n, None) for n in range(2, 7))])
     with pytest.raises(LostWork) as error:
@@ -130,8 +164,11 @@ def test_faults_are_raised_here(pool, what, kind, text):
     assert error.value.where and (what == "bug" or error.value.hint == "mend it")
 
 
-def test_workers_that_never_start_end_the_run():
-    pool = WorkerPool(2, ProcessCrew(start_and_die), lambda text: None)
+@pytest.mark.parametrize("first, then", [(warm_and_die, start), (warm, start_and_die)])
+def test_workers_that_never_start_end_the_run(first, then):
+    pool = WorkerPool(2, ProcessCrew(first))
+    pool.begin()
+    pool.crew.set_out(then)
     with pytest.raises(RunError, match=r"don't start(.|\n)*ended with code 7"):
         run(pool, [("sum", 0, None)])
     pool.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -88,19 +88,18 @@ class StoredSums:
     @classmethod
     def save(cls, path: Path, sums: InputSums) -> StoredSums:
         """Write sums, complete or not at all."""
+        staging = _staging(sums.total.shape, sums.total.is_cuda)
         with whole_file(path) as partial, partial.open("wb", buffering=0) as file:
-            for strip in _strips(sums.total, upper=True):
-                _write(file, strip)
-            if sums.drift is not None:
-                for strip in _strips(sums.drift, upper=False):
-                    _write(file, strip)
+            for matrices, upper in ((sums.total, True), (sums.drift, False)):
+                for strip in [] if matrices is None else _strips(matrices, upper):
+                    _write(file, strip, staging)
         return cls(path, tuple(sums.total.shape), sums.drift is not None, sums.num_tokens)
 
     def load(self, device: torch.device) -> InputSums:
         """Read them; the lower triangle of the total is left empty."""
         total = torch.zeros(self.shape, device=device)
         drift = torch.empty(self.shape, device=device) if self.has_drift else None
-        staging = room_for(torch.empty(ROWS_AT_ONCE * self.shape[-1], device="meta"), device.type == "cuda")
+        staging = _staging(self.shape, device.type == "cuda")
         with self.path.open("rb", buffering=0) as file:
             for matrices, upper in ((total, True), (drift, False)):
                 for strip in [] if matrices is None else _strips(matrices, upper):
@@ -108,8 +107,22 @@ class StoredSums:
         return InputSums(total, drift, self.num_tokens)
 
 
-def store_sums(sums: BlockSums, folder: Path, name: str) -> BlockSums:
-    """Sums whose matrices are in files now. name: that tells these from others in the folder."""
+def computed(device: torch.device) -> torch.cuda.Event | None:
+    """When all that has been asked of a GPU so far is computed; None elsewhere."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+def store_sums(sums: BlockSums, folder: Path, name: str, ready: torch.cuda.Event | None = None) -> BlockSums:
+    """Sums whose matrices are in files now.
+
+    Args:
+        name: that tells these from others in the folder. ready: when they are computed; what is asked of the GPU later is not
+            waited for.
+    """
+    if ready is not None:
+        with torch.cuda.stream(torch.cuda.Stream(ready.device)):
+            torch.cuda.current_stream(ready.device).wait_event(ready)
+            return store_sums(sums, folder, name)
     stored: dict[str, list[Subtree]] = {}
     for number, (leader, subtrees) in enumerate(sums.subtrees.items()):
         stored[leader] = []
@@ -164,8 +177,14 @@ def _strips(matrices: Tensor, upper: bool) -> Iterator[Tensor]:
             yield matrix[first : first + ROWS_AT_ONCE, first if upper else 0 :]
 
 
-def _write(file: BinaryIO, strip: Tensor) -> None:
-    data = memoryview(strip.cpu().contiguous().numpy().reshape(-1)).cast("B")  # type: ignore[arg-type]
+def _staging(shape: Sequence[int], pin: bool) -> Tensor:
+    return room_for(torch.empty(ROWS_AT_ONCE * shape[-1], device="meta"), pin)
+
+
+def _write(file: BinaryIO, strip: Tensor, staging: Tensor) -> None:
+    rows = staging[: math.prod(strip.shape)].view(strip.shape)
+    rows.copy_(strip)
+    data = memoryview(rows.numpy().reshape(-1)).cast("B")  # type: ignore[arg-type]
     while data:
         data = data[file.write(data) :]
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -17,13 +20,14 @@ from typing import Any
 import torch
 
 from vptq.errors import INTERRUPTED_EXIT_CODE
-from vptq.pipeline.pool import DIED, PROGRESS, STARTED, Try, answer_to
+from vptq.pipeline.pool import DIED, DONE, FREE, PROGRESS, STARTED, Try, answer_of
 
 SECONDS_TO_END = 5.0
 PARENT_DEATH_SIGNAL = 1  # of prctl
 TELL_EVERY = 0.2  # seconds
+MOST_UNANSWERED = 2  # whose files are still being written
 WAITING = "OMP_WAIT_POLICY"
-Do = Callable[[Try, Callable[[float], None]], Any]
+Do = Callable[[Try, Callable[[float], None]], Callable[[], Any]]
 Start = Callable[[int], tuple[Do, str | None]]
 
 
@@ -37,28 +41,41 @@ class ProcessCrew:
     """A `pool.Crew`.
 
     Args:
-        start: called once in each process, with its number; gives what is then called with each `Try`, and with whom to tell
-            of parts that are done, and what the user should know. Its answers are sent back, and so are its exceptions.
+        warm: called first in each process, with its number, while this one still finds out what there is to do.
     """
 
-    def __init__(self, start: Start) -> None:
-        self.start = start
+    def __init__(self, warm: Callable[[int], None]) -> None:
+        self.warm = warm
+        self.start: Start | None = None
         self._processes: dict[int, _Process] = {}
+
+    def set_out(self, start: Start) -> None:
+        """Tell all processes how to begin.
+
+        Args:
+            start: called once in each, with its number; gives what is then called with each `Try`, and with whom to tell of
+                parts that are done, and what the user should know. What that gives is called for the answer on a thread of
+                its own, while the next work is begun. Answers are sent back, and so are exceptions.
+        """
+        self.start = start
+        for number in self._processes:
+            self._send(number, start)
 
     def begin(self, number: int) -> None:
         """Start a process; it says STARTED once it can work."""
         context = torch.multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, number, self.start, os.getpid()), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, number, self.warm, os.getpid()), daemon=True)
         with _patient_threads():
             process.start()
         theirs.close()  # so that its end is the pipe's end
         self._processes[number] = _Process(process, ours)
+        if self.start is not None:
+            self._send(number, self.start)
 
     def send(self, number: int, given: Try) -> None:
-        """Give it something to do; if it is dead, `listen` will tell."""
-        with contextlib.suppress(OSError):
-            self._processes[number].pipe.send(given)
+        """Give it something to do."""
+        self._send(number, given)
 
     def listen(self) -> list[tuple[int, int, Any]]:
         """What processes said, one thing each; waits for something."""
@@ -76,6 +93,10 @@ class ProcessCrew:
                 worker.process.kill()
                 worker.process.join()
         self._processes.clear()
+
+    def _send(self, number: int, value: Any) -> None:
+        with contextlib.suppress(OSError):  # if it is dead, `listen` will tell
+            self._processes[number].pipe.send(value)
 
     def _hear(self, number: int) -> tuple[int, Any]:
         worker = self._processes[number]
@@ -108,34 +129,57 @@ def _ending(code: int | None) -> str:
     return f"ended with code {code}"
 
 
-def _serve(pipe: Connection, number: int, start: Start, parent: int) -> None:
+def _serve(pipe: Connection, number: int, warm: Callable[[int], None], parent: int) -> None:
     """A worker's life."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED_EXIT_CODE))  # files appear by rename: nothing is lost
     _die_with(parent)
-    do, note = start(number)
-    pipe.send((STARTED, note))
-    teller = _Teller(pipe)
-    while True:
-        try:
+    warm(number)
+    voice = _Voice(pipe)
+    with contextlib.suppress(EOFError, OSError):
+        start: Start = pipe.recv()
+        do, note = start(number)
+        voice.say(STARTED, note)
+        while True:
             given: Try = pipe.recv()
-        except (EOFError, OSError):
-            return
-        pipe.send(answer_to(lambda given: do(given, teller.tell), given))
-        teller.untold = 0.0
+            voice.untold = 0.0
+            said, ending = answer_of(functools.partial(do, given, voice.tell))
+            voice.answer(said, ending)
+            voice.say(FREE, None)
 
 
-class _Teller:
-    """Tells of parts that are done, not too often."""
+class _Voice:
+    """Says things through a pipe. Answers are waited for in their order, by a thread."""
 
     def __init__(self, pipe: Connection) -> None:
-        self.pipe, self.untold, self.told_at = pipe, 0.0, 0.0
+        self.pipe, self.untold, self._told_at = pipe, 0.0, 0.0
+        self._lock = threading.Lock()
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="voice")
+        self._room = threading.Semaphore(MOST_UNANSWERED)
+
+    def say(self, said: int, value: Any) -> None:
+        """Say it now."""
+        with self._lock:
+            self.pipe.send((said, value))
 
     def tell(self, part: float) -> None:
-        """Another part is done."""
+        """Another part is done; said now and then."""
         self.untold += part
-        if time.monotonic() - self.told_at > TELL_EVERY:
-            self.pipe.send((PROGRESS, self.untold))
-            self.untold, self.told_at = 0.0, time.monotonic()
+        if time.monotonic() - self._told_at > TELL_EVERY:
+            self.say(PROGRESS, self.untold)
+            self.untold, self._told_at = 0.0, time.monotonic()
+
+    def answer(self, said: int, value: Any) -> None:
+        """Say it after all answers before it; of what is DONE but for its ending, call this first. Waits while many wait."""
+        self._room.acquire()
+        self._waiter.submit(self._answer, said, value)
+
+    def _answer(self, said: int, value: Any) -> None:
+        try:
+            if said == DONE:
+                said, value = answer_of(value)
+            self.say(said, value)
+        finally:
+            self._room.release()
 
 
 def _die_with(parent: int) -> None:

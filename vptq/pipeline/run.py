@@ -6,12 +6,14 @@ Who does the work of a block, this process or others, is the executor's business
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vptq.bits import checkpoint_bits
@@ -40,7 +42,7 @@ from vptq.pipeline.results import Results
 from vptq.pipeline.schedule import BlockWalk, Watch
 from vptq.pipeline.settle import Context, run_notes, settle
 from vptq.pipeline.stages import Passage, Quantizing, blocks_ahead, shares_of
-from vptq.pipeline.workers import check_workers, make_executor
+from vptq.pipeline.workers import Executor, Given, check_workers, make_executor
 from vptq.pipeline.works import QuantizeLinears, Work
 from vptq.quantize.trial import settle_kernels
 from vptq.recipe import OFF
@@ -70,28 +72,29 @@ def quantize_model(
         free = {name: value for name, value in (given or {}).items() if name in FREE_ON_RESUME}
         config = QuantConfig.from_flat(job.config.to_flat() | free)
     config.validate()
-    run = None
-    try:
-        run = _Run(config, job, progress or Silent())
+    with contextlib.ExitStack() as ending:
+        if job is not None:
+            ending.callback(job.unlock)
+            job.lock()
+        device = resolve_device(config.device)
+        check_workers(device, config.num_gpus)
+        executor = make_executor(device, config.num_gpus)
+        ending.callback(executor.close)
+        run = _Run(config, job, progress or Silent(), device, executor)
+        ending.callback(run.job.unlock)
         return run.execute()
-    finally:
-        for locked in (job, run.job if run is not None else None):
-            if locked is not None:
-                locked.unlock()
 
 
 class _Run:
     """One execution. Everything that can be refused is refused in `__init__`, before anything is written."""
 
-    def __init__(self, config: QuantConfig, job: Job | None, progress: Progress) -> None:
+    def __init__(
+        self, config: QuantConfig, job: Job | None, progress: Progress, device: torch.device, executor: Executor
+    ) -> None:
         self.started = time.perf_counter()
-        self.config, self.progress = config, progress
+        self.config, self.progress, self.device, self.executor = config, progress, device, executor
         self._last_phase = ""
-        if job is not None:
-            job.lock()
-        self.device = resolve_device(config.device)
-        self.slow = settle_kernels(self.device) if config.num_gpus == 1 else None  # else workers find out
-        check_workers(self.device, config.num_gpus)
+        self.slow = settle_kernels(device) if executor.count == 1 else None  # else workers find out
         folder = resolve_folder(config.model_name)
         self.skeleton: Skeleton = load_skeleton(folder, config.trust_remote_code, forced_dtype(self.device))
         if is_packed(folder):
@@ -127,7 +130,7 @@ class _Run:
         job.check_facts(self._facts())
         self.job = job
         tokens = None if self.tokens is None else self.tokens.tokens
-        self.executor = make_executor(self.job, self.skeleton, self.source, self.device, tokens, self._note)
+        self.executor.begin(Given(self.job, self.skeleton, self.source, self.device, tokens, self._note))
 
     def _finished(self, job: Job | None) -> dict[str, dict[str, Any]]:
         """Linears that a stopped run left whole, and their figures."""

@@ -23,7 +23,7 @@ from vptq.models.stream import TensorSource
 from vptq.pipeline.calibrate import CalibrationText, Calibrator, relative_weights
 from vptq.pipeline.first_plan import first_plan
 from vptq.pipeline.fold import Fold, open_folder
-from vptq.pipeline.hessians import HessianSource, Moments, store_sums
+from vptq.pipeline.hessians import HessianSource, Moments, computed, store_sums
 from vptq.pipeline.job import Job
 from vptq.pipeline.measure import measure_linear
 from vptq.pipeline.results import Results
@@ -86,7 +86,7 @@ class Worker:
         return cls(job, skeleton, source, device, tokens, number, job.scratch)
 
     def do(self, work: Work, progress: Callable[[float], None], tries: int = 0, short_of_memory: int = 0) -> Any:
-        """The answer to a work, see there; of `QuantizeLinears`, futures, so that files are written while others are at work.
+        """The answer to a work, see there; futures of it where files are written, which is done while others are at work.
 
         Args:
             progress: called with parts of the work as they are done.
@@ -114,7 +114,7 @@ class Worker:
 
     # -- calibration ----------------------------------------------------------------------------------------------------
 
-    def _calibrate(self, work: Calibrate, progress: Callable[[float], None], spare: bool) -> BlockSums:
+    def _calibrate(self, work: Calibrate, progress: Callable[[float], None], spare: bool) -> BlockSums | Future[BlockSums]:
         if spare:
             self._forget()
         try:
@@ -129,7 +129,8 @@ class Worker:
             raise
         if self.scratch is None or not work.wanted:
             return sums
-        return store_sums(sums, self.scratch, f"{work.block}-{work.runs.start}-{self.number}")
+        name = f"{work.block}-{work.runs.start}-{self.number}"
+        return self.writer.submit(store_sums, sums, self.scratch, name, computed(self.device))
 
     def _calibrator(self, work: Calibrate, spare: bool) -> Calibrator:
         assert self.text is not None

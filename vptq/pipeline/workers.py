@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -33,21 +35,47 @@ class Executor(Protocol):
 
     count: int
 
+    def begin(self, run: Given) -> None: ...
+
     def run(self, schedule: Schedule) -> None: ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a run is about, once it is known. tokens: (num_sequences, seq_len) int64, or None. note: tells the user."""
+
+    job: Job
+    skeleton: Skeleton
+    source: PrefetchingFolder
+    device: torch.device
+    tokens: Tensor | None
+    note: Callable[[str], None]
+
+    def hand_over(self) -> Setup:
+        """Put what workers need where they find it."""
+        self.job.make_scratch()
+        if self.tokens is not None:
+            save_tensors(self.job.scratch / TOKENS, {"tokens": self.tokens})
+        fold = self.source.fold if isinstance(self.source, FoldedFolder) else None
+        return Setup(self.job.folder, self.source.folder, self.source.base_prefix, fold, torch.get_num_threads())
 
 
 class InProcess:
     """One work after the other, here; files are read ahead and written behind."""
 
     count = 1
+    worker: Worker | None = None
 
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
+    def begin(self, run: Given) -> None:
+        """Make the worker."""
+        run.job.drop_scratch()  # of a run that was killed
+        self.worker = Worker(run.job, run.skeleton, run.source, run.device, run.tokens)
 
     def run(self, schedule: Schedule) -> None:
         """Do all works of a schedule. Raises what a work raises."""
+        assert self.worker is not None
         writing: list[tuple[Work, Any]] = []
         while not schedule.finished:
             work = schedule.take(0, [0])
@@ -59,37 +87,36 @@ class InProcess:
                 answered.append((work, self.worker.do(work, functools.partial(schedule.advanced, work))))
             for before, answer in writing:
                 schedule.done(before, settled(answer))
-            writing = [(work, answer) for work, answer in answered if _is_writing(answer)]
+            writing = [(work, answer) for work, answer in answered if _futures(answer)]
             for work, answer in answered:
-                if not _is_writing(answer):
+                if not _futures(answer):
                     schedule.done(work, answer)
 
     def close(self) -> None:
         """Wait until all is written."""
-        self.worker.close()
+        if self.worker is not None:
+            self.worker.close()
 
 
 class Processes:
     """Works shared out to `count` spawned processes; worker i takes GPU i, or the CPU where there is none.
 
-    Args:
-        note: told of workers that die or run out of memory: what these were at is tried again.
+    They start at once, while it is still found out what there is to do.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        source: PrefetchingFolder,
-        device: torch.device,
-        tokens: Tensor | None,
-        count: int,
-        note: Callable[[str], None],
-    ) -> None:
-        self.count, self.job = count, job
-        gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-        setup = hand_over(job, source, tokens)
-        self.pool = WorkerPool(count, ProcessCrew(functools.partial(_start_worker, gpus, setup)), note)
+    def __init__(self, device: torch.device, count: int) -> None:
+        self.count = count
+        self.gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+        self.crew = ProcessCrew(functools.partial(_warm, self.gpus))
+        self.pool = WorkerPool(count, self.crew)
         self.pool.begin()
+        self.job: Job | None = None
+
+    def begin(self, run: Given) -> None:
+        """Tell the processes what it is about; `run.note` is told of those that die or run out of memory."""
+        run.job.drop_scratch()  # of a run that was killed
+        self.job, self.pool.note = run.job, run.note
+        self.crew.set_out(functools.partial(_start_worker, self.gpus, run.hand_over()))
 
     def run(self, schedule: Schedule) -> None:
         """Do all works of a schedule.
@@ -97,15 +124,14 @@ class Processes:
         Raises:
             RunError: works that failed in every try. VptqError: what a work raises.
         """
-        try:
-            self.pool.run(schedule)
-        except LostWork as error:
-            raise lost_works(error, self.job) from None
+        assert self.job is not None
+        run_pool(self.pool, schedule, self.job)
 
     def close(self) -> None:
         """End all processes."""
         self.pool.close()
-        self.job.drop_scratch()
+        if self.job is not None:
+            self.job.drop_scratch()
 
 
 def check_workers(device: torch.device, num_gpus: int) -> None:
@@ -115,77 +141,72 @@ def check_workers(device: torch.device, num_gpus: int) -> None:
         raise UsageError(f"num_gpus is {num_gpus}, there are {available} GPUs", hint=f"set --num_gpus {available}")
 
 
-def make_executor(
-    job: Job,
-    skeleton: Skeleton,
-    source: PrefetchingFolder,
-    device: torch.device,
-    tokens: Tensor | None,
-    note: Callable[[str], None],
-) -> Executor:
-    """This process where one worker is asked for, else a process for each.
-
-    Args:
-        tokens: (num_sequences, seq_len) int64, of the calibration text; None if it is not needed.
-    """
-    job.drop_scratch()  # of a run that was killed
+def make_executor(device: torch.device, count: int) -> Executor:
+    """This process where one worker is asked for, else a process for each."""
     if device.type != "cuda":
         torch.set_num_threads(torch.get_num_threads())  # else MKL takes fewer where it sees fit, and sums differ
-    count = job.config.num_gpus
-    if count == 1:
-        return InProcess(Worker(job, skeleton, source, device, tokens))
-    return Processes(job, source, device, tokens, count, note)
+    return InProcess() if count == 1 else Processes(device, count)
 
 
-def hand_over(job: Job, source: PrefetchingFolder, tokens: Tensor | None) -> Setup:
-    """Put what workers need where they find it. tokens: (num_sequences, seq_len) int64, or None."""
-    job.make_scratch()
-    if tokens is not None:
-        save_tensors(job.scratch / TOKENS, {"tokens": tokens})
-    fold = source.fold if isinstance(source, FoldedFolder) else None
-    return Setup(job.folder, source.folder, source.base_prefix, fold, torch.get_num_threads())
+def run_pool(pool: WorkerPool, schedule: Schedule, job: Job) -> None:
+    """Do all works of a schedule. Raises RunError for works that failed in every try."""
+    try:
+        pool.run(schedule)
+    except LostWork as error:
+        raise RunError(
+            f"some work could not be done, in {MOST_TRIES} tries each",
+            where=[f"{what}: {'; '.join(lost.reasons)}" for lost in error.lost for what in describe(lost.work)],
+            hint=f"all else is kept: `vptq quantize --resume {job.folder}` goes on; if memory ran out, with a lower --num_gpus",
+        ) from None
 
 
 def settled(answer: Any) -> Any:
     """An answer whose files are written."""
-    return [future.result() for future in answer] if _is_writing(answer) else answer
-
-
-def lost_works(error: LostWork, job: Job) -> RunError:
-    """What the user is told of works that failed in every try."""
-    return RunError(
-        f"some work could not be done, in {MOST_TRIES} tries each",
-        where=[f"{what}: {'; '.join(lost.reasons)}" for lost in error.lost for what in describe(lost.work)],
-        hint=f"all else is kept: go on with `vptq quantize --resume {job.folder}`, with a lower --num_gpus if memory ran out",
-    )
+    if isinstance(answer, Future):
+        return answer.result()
+    return [future.result() for future in answer] if _futures(answer) else answer
 
 
 def doing(worker: Worker) -> Do:
     """What a worker of a pool does with each `Try`."""
 
-    def do(given: Try, progress: Callable[[float], None]) -> Any:
-        return settled(worker.do(given.work, progress, len(given.reasons), given.short_of_memory))
+    def do(given: Try, progress: Callable[[float], None]) -> Callable[[], Any]:
+        answer = worker.do(given.work, progress, len(given.reasons), given.short_of_memory)
+        return functools.partial(settled, answer)
 
     return do
 
 
-def _is_writing(answer: Any) -> bool:
-    return isinstance(answer, list) and all(isinstance(part, Future) for part in answer)
+def _futures(answer: Any) -> list[Future]:
+    parts = answer if isinstance(answer, list) else [answer]
+    return [part for part in parts if isinstance(part, Future)]
 
 
 def _raise_failed(answer: Any) -> None:
     """A full disk ends the run before more is quantized."""
-    for future in answer:
+    for future in _futures(answer):
         if future.done():
             future.result()
 
 
-def _start_worker(gpus: int, setup: Setup, number: int) -> tuple[Do, str | None]:
+def _device_of(gpus: int, number: int) -> torch.device:
+    return torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
+
+
+def _warm(gpus: int, number: int) -> None:
+    """What takes long and needs no knowledge of the run: imports, a GPU's context, its kernels."""
+    import transformers.models.llama.modeling_llama  # noqa: F401 (most models are like it)
+
+    device = _device_of(gpus, number)
     if gpus:
-        device = torch.device("cuda", number % gpus)
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+        with contextlib.suppress(UsageError):  # said where the user can be told
+            settle_kernels(device)
+
+
+def _start_worker(gpus: int, setup: Setup, number: int) -> tuple[Do, str | None]:
+    device = _device_of(gpus, number)
+    if not gpus:
         torch.set_num_threads(setup.threads)
     slow = settle_kernels(device)
     worker = Worker.from_files(setup, device, number)
