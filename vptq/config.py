@@ -23,6 +23,7 @@ from vptq.recipe import (
     ROWS,
     CodebookScope,
     CodebookSource,
+    ExecutorKind,
     HessianKind,
     KMeansMode,
     RotationKind,
@@ -281,7 +282,13 @@ class QuantConfig:
     new_eval: bool = option(False, "results", "perplexity on wikitext2 and c4-new when done")
     eval_dataset: str | None = option(None, "results", "perplexity on this text (a name or a path) when done")
     eval_nsamples: int = option(OFF, "results", "most windows of each evaluation text (-1 = all)")
-    num_gpus: int = option(1, "devices", "worker processes that linears are shared out to, one a GPU (on CPU if there is none)")
+    num_gpus: int = option(1, "devices", "workers that share the work, one a GPU (on CPU if there is none)")
+    executor: ExecutorKind = option(
+        "local", "devices", "local: workers on this machine; ray: on a Ray cluster (pip install 'vptq[ray]')"
+    )
+    ray_address: str | None = option(
+        None, "devices", "Ray cluster: auto, host:port or ray://host:port (default: RAY_ADDRESS, or one made here)"
+    )
     device: str | None = option(None, "devices", "cuda, cuda:N or cpu (default: cuda where there is one)")
     trust_remote_code: bool = option(False, "model", "let the model folder's own Python code run")
 
@@ -303,6 +310,8 @@ class QuantConfig:
         for name, value in (("head_bits", self.head_bits), ("embed_bits", self.embed_bits)):
             check(value is None or value in ROWS, f"{name} is {value}, must be one of {', '.join(map(str, ROWS))}")
         check(self.sensitivity_path is None or self.bits is not None, "sensitivity_path goes with bits")
+        check(self.executor in get_args(ExecutorKind), f"executor is {self.executor!r}, must be local or ray")
+        check(self.ray_address is None or self.executor == "ray", "ray_address goes with executor ray")
         check(self.num_gpus >= 1, f"num_gpus is {self.num_gpus}, must be 1 or more")
         check(
             self.eval_nsamples == OFF or self.eval_nsamples >= 1,

@@ -12,6 +12,7 @@ CodebookScope = Literal["group", "linear", "shared"]
 CodebookSource = Literal["gaussian", "model"]
 ScaleScope = Literal["linear", "row"]
 HessianKind = Literal["input", "fisher"]
+ExecutorKind = Literal["local", "ray"]
 OFF = -1
 MAX_CENTROIDS = 65536
 MAX_VECTOR_LEN = 32

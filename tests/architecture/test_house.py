@@ -110,6 +110,8 @@ INSIDE = {  # order of files within a room, from the street up
         "pool",
         "processes",
         "workers",
+        "ray",
+        "executors",
         "settle",
         "run",
     ],

@@ -110,7 +110,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(moment, timed_run, tiny_llama
 
 
 def test_lost_linears_are_named_and_the_others_kept(tiny_llama, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "_start_worker", start_to_die)
+    monkeypatch.setattr(workers, "_start_process", start_to_die)
     with pytest.raises(RunError, match=r"layers\.0\.mlp\.down_proj: worker . was killed(.|\n)*--resume") as error:
         quantize_model(config_of(tiny_llama, text_file, tmp_path, num_gpus=2))
     assert len(error.value.where) == 2, "one of each block"
@@ -121,7 +121,7 @@ def test_lost_linears_are_named_and_the_others_kept(tiny_llama, text_file, tmp_p
 
 
 def start_to_die(*given):
-    do, note = workers._start_worker(*given)
+    do, note = workers._start_process(*given)
 
     def die_at_down_proj(given, progress):
         if any("down_proj" in name for name in linears_of(given.work)):

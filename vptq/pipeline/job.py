@@ -33,7 +33,7 @@ from vptq.recipe import VECTOR_SETTINGS
 JOB_VERSION = 1
 CHECKSUM = "sha256"
 # What may differ on resume: where and with how many hands the work is done, not what comes out.
-FREE_ON_RESUME = {"output_dir", "num_gpus", "device", "trust_remote_code"}
+FREE_ON_RESUME = {"output_dir", "num_gpus", "device", "executor", "ray_address", "trust_remote_code"}
 
 
 class Job:

@@ -32,6 +32,7 @@ from vptq.models.stream import TensorSource
 from vptq.pipeline.codebooks import prepare_codebooks
 from vptq.pipeline.cost import fisher_units, forward_units, linear_units
 from vptq.pipeline.evaluate import load_windows
+from vptq.pipeline.executors import make_executor
 from vptq.pipeline.first_plan import ALLOCATION, first_plan
 from vptq.pipeline.fold import choose_fold, open_folder
 from vptq.pipeline.job import FREE_ON_RESUME, Job, check_resume
@@ -42,7 +43,7 @@ from vptq.pipeline.results import Results
 from vptq.pipeline.schedule import BlockWalk, Watch
 from vptq.pipeline.settle import Context, run_notes, settle
 from vptq.pipeline.stages import Passage, Quantizing, blocks_ahead, shares_of
-from vptq.pipeline.workers import Executor, Given, check_workers, make_executor
+from vptq.pipeline.workers import Executor, Given, InProcess
 from vptq.pipeline.works import QuantizeLinears, Work
 from vptq.quantize.trial import settle_kernels
 from vptq.recipe import OFF
@@ -77,8 +78,7 @@ def quantize_model(
             ending.callback(job.unlock)
             job.lock()
         device = resolve_device(config.device)
-        check_workers(device, config.num_gpus)
-        executor = make_executor(device, config.num_gpus)
+        executor = make_executor(config, device)
         ending.callback(executor.close)
         run = _Run(config, job, progress or Silent(), device, executor)
         ending.callback(run.job.unlock)
@@ -94,7 +94,7 @@ class _Run:
         self.started = time.perf_counter()
         self.config, self.progress, self.device, self.executor = config, progress, device, executor
         self._last_phase = ""
-        self.slow = settle_kernels(device) if executor.count == 1 else None  # else workers find out
+        self.slow = settle_kernels(device) if isinstance(executor, InProcess) else None  # else workers find out
         folder = resolve_folder(config.model_name)
         self.skeleton: Skeleton = load_skeleton(folder, config.trust_remote_code, forced_dtype(self.device))
         if is_packed(folder):
@@ -130,7 +130,7 @@ class _Run:
         job.check_facts(self._facts())
         self.job = job
         tokens = None if self.tokens is None else self.tokens.tokens
-        self.executor.begin(Given(self.job, self.skeleton, self.source, self.device, tokens, self._note))
+        self.executor.begin(Given(self.job, self.skeleton, self.source, tokens, self._note))
 
     def _finished(self, job: Job | None) -> dict[str, dict[str, Any]]:
         """Linears that a stopped run left whole, and their figures."""
@@ -272,7 +272,14 @@ class _Run:
         passage = Passage(self.skeleton, self.plan, tokens, self.shares, last, sequential, means)
         heads = {end.name: head for end in self.todo if (head := self._served_head(end))}
         quantizing = Quantizing(
-            passage, tuple(self.todo), self.device, self.job.codebooks, self.store, self.kept, self._provenance(), heads
+            passage,
+            tuple(self.todo),
+            self.executor.device,
+            self.job.codebooks,
+            self.store,
+            self.kept,
+            self._provenance(),
+            heads,
         )
         ahead = blocks_ahead(self.executor.count, sequential)
         self.executor.run(BlockWalk(quantizing.stages(), ahead, calibration.drift_frac, self.watch, self._done))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import socket
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -30,10 +31,11 @@ class Executor(Protocol):
     """Does all works of a schedule.
 
     Attributes:
-        count: workers that it has.
+        count: workers that it has. device: kind of device that they work on.
     """
 
     count: int
+    device: torch.device
 
     def begin(self, run: Given) -> None: ...
 
@@ -49,7 +51,6 @@ class Given:
     job: Job
     skeleton: Skeleton
     source: PrefetchingFolder
-    device: torch.device
     tokens: Tensor | None
     note: Callable[[str], None]
 
@@ -66,12 +67,15 @@ class InProcess:
     """One work after the other, here; files are read ahead and written behind."""
 
     count = 1
-    worker: Worker | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.worker: Worker | None = None
 
     def begin(self, run: Given) -> None:
         """Make the worker."""
         run.job.drop_scratch()  # of a run that was killed
-        self.worker = Worker(run.job, run.skeleton, run.source, run.device, run.tokens)
+        self.worker = Worker(run.job, run.skeleton, run.source, self.device, run.tokens)
 
     def run(self, schedule: Schedule) -> None:
         """Do all works of a schedule. Raises what a work raises."""
@@ -105,7 +109,7 @@ class Processes:
     """
 
     def __init__(self, device: torch.device, count: int) -> None:
-        self.count = count
+        self.count, self.device = count, device
         self.gpus = torch.cuda.device_count() if device.type == "cuda" else 0
         self.crew = ProcessCrew(functools.partial(_warm, self.gpus))
         self.pool = WorkerPool(count, self.crew)
@@ -116,7 +120,7 @@ class Processes:
         """Tell the processes what it is about; `run.note` is told of those that die or run out of memory."""
         run.job.drop_scratch()  # of a run that was killed
         self.job, self.pool.note = run.job, run.note
-        self.crew.set_out(functools.partial(_start_worker, self.gpus, run.hand_over()))
+        self.crew.set_out(functools.partial(_start_process, self.gpus, run.hand_over()))
 
     def run(self, schedule: Schedule) -> None:
         """Do all works of a schedule.
@@ -132,20 +136,6 @@ class Processes:
         self.pool.close()
         if self.job is not None:
             self.job.drop_scratch()
-
-
-def check_workers(device: torch.device, num_gpus: int) -> None:
-    """Raise UsageError for more GPUs than there are; on a CPU any number of workers is fine."""
-    available = torch.cuda.device_count() if device.type == "cuda" else num_gpus
-    if num_gpus > available:
-        raise UsageError(f"num_gpus is {num_gpus}, there are {available} GPUs", hint=f"set --num_gpus {available}")
-
-
-def make_executor(device: torch.device, count: int) -> Executor:
-    """This process where one worker is asked for, else a process for each."""
-    if device.type != "cuda":
-        torch.set_num_threads(torch.get_num_threads())  # else MKL takes fewer where it sees fit, and sums differ
-    return InProcess() if count == 1 else Processes(device, count)
 
 
 def run_pool(pool: WorkerPool, schedule: Schedule, job: Job) -> None:
@@ -204,11 +194,17 @@ def _warm(gpus: int, number: int) -> None:
             settle_kernels(device)
 
 
-def _start_worker(gpus: int, setup: Setup, number: int) -> tuple[Do, str | None]:
-    device = _device_of(gpus, number)
-    if not gpus:
+def start_worker(device: torch.device, setup: Setup, number: int) -> tuple[Do, str | None]:
+    """In a process of its own: a worker on a device, and what the user should know of it."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
         torch.set_num_threads(setup.threads)
     slow = settle_kernels(device)
     worker = Worker.from_files(setup, device, number)
-    worker.job.log(f"worker {number} on {device}", number)
+    worker.job.log(f"worker {number} on {device} of {socket.gethostname()}", number)
     return doing(worker), slow
+
+
+def _start_process(gpus: int, setup: Setup, number: int) -> tuple[Do, str | None]:
+    return start_worker(_device_of(gpus, number), setup, number)

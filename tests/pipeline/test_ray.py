@@ -1,0 +1,79 @@
+"""A run on a Ray cluster of two nodes, one of which goes away."""
+
+import contextlib
+
+import pytest
+
+from tests.pipeline.test_run import config_of, packed_bytes
+from tests.pipeline.test_same_bytes import PLAIN
+from vptq.config import QuantConfig
+from vptq.errors import UsageError
+from vptq.models.architecture import DEMO
+from vptq.pipeline.progress import Silent
+from vptq.pipeline.run import quantize_model
+
+pytest.importorskip("ray")
+
+
+@contextlib.contextmanager
+def cluster_of(cpus, monkeypatch):
+    """A cluster on this machine; gives it and its second node."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0], "object_store_memory": 100 << 20})
+    try:
+        yield found, found.add_node(num_cpus=cpus[1], object_store_memory=100 << 20)
+    finally:
+        ray.shutdown()
+        found.shutdown()
+
+
+class RemoveNode(Silent):
+    """Takes a node away in the middle of a run."""
+
+    def __init__(self, cluster, node, after):
+        self.cluster, self.node, self.left, self.notes = cluster, node, after, []
+        self.quantizing = False
+
+    def phase(self, text):
+        self.quantizing = text.endswith("quantizing")
+
+    def advance(self, units):
+        self.left -= self.quantizing
+        if self.left == 0 and self.node is not None:
+            self.cluster.remove_node(self.node, allow_graceful=False)
+            self.node = None
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize(
+    "cpus",
+    [pytest.param((1, 1), id="no room for another"), pytest.param((2, 1), id="room for another", marks=pytest.mark.slow)],
+)
+def test_a_node_that_goes_away_costs_only_what_it_was_at(cpus, tmp_path, monkeypatch):
+    common = {"nsamples": 24, "seq_len": 512, "device": "cpu", "eval_nsamples": 1, "eval_dataset": str(DEMO / "evaluation.txt")}
+    whole = quantize_model(QuantConfig.from_flat(common | PLAIN | {"output_dir": str(tmp_path / "1")}))
+    with cluster_of(cpus, monkeypatch) as (cluster, node):
+        place = {"output_dir": str(tmp_path / "ray"), "executor": "ray", "ray_address": cluster.address, "num_gpus": 2}
+        told = RemoveNode(cluster, node, 6)
+        found = quantize_model(QuantConfig.from_flat(common | PLAIN | place), progress=told)
+    assert told.node is None and any("was lost" in note for note in told.notes)
+    assert packed_bytes(found.folder) == packed_bytes(whole.folder)
+    assert (found.folder / "logs" / "1.log").exists() and not (found.folder / "scratch").exists()
+
+
+def test_a_cluster_that_is_too_small_or_not_there_is_refused(tiny_llama, text_file, tmp_path, monkeypatch):
+    given = {"executor": "ray", "num_gpus": 3, "device": "cpu"}
+    with cluster_of((1, 1), monkeypatch) as (cluster, _), pytest.raises(UsageError, match="has 2 CPUs"):
+        quantize_model(config_of(tiny_llama, text_file, tmp_path / "out", ray_address=cluster.address, **given))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_ray_it_says_what_to_install(tiny_llama, text_file, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(UsageError, match=r"pip install 'vptq\[ray\]'"):
+        quantize_model(config_of(tiny_llama, text_file, tmp_path / "out", executor="ray"))

@@ -1,0 +1,150 @@
+"""Workers as actors of a Ray cluster: Ray places them, one a GPU, and starts them anew, here or elsewhere, when one is lost."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from vptq.errors import UsageError
+from vptq.pipeline.job import Job
+from vptq.pipeline.pool import DIED, FREE, STARTED, Try, WorkerPool, answer_of
+from vptq.pipeline.processes import WAITING, Do
+from vptq.pipeline.schedule import Schedule
+from vptq.pipeline.worker import Setup
+from vptq.pipeline.workers import Given, run_pool, start_worker
+
+RESTARTS_WITHOUT_END = -1
+
+
+class RayCluster:
+    """An `Executor` on a Ray cluster.
+
+    Args:
+        address: of the cluster, as `ray.init` takes it; None for RAY_ADDRESS, or else a cluster of this machine alone.
+        device: "cuda" or "cpu"; None for the cluster's GPUs where it has any.
+    Raises:
+        UsageError: Ray is not installed, the cluster is not there or too small.
+    """
+
+    def __init__(self, count: int, address: str | None, device: str | None) -> None:
+        self.count = count
+        self.ray = _connect(address)
+        kind = device or ("cuda" if self.ray.cluster_resources().get("GPU") else "cpu")
+        self.device = torch.device(kind.split(":")[0])
+        _check_size(self.ray.cluster_resources(), count, self.device)
+        self.pool: WorkerPool | None = None
+        self.job: Job | None = None
+
+    def begin(self, run: Given) -> None:
+        """Ask for the actors; `run.note` is told of those that die or run out of memory."""
+        run.job.drop_scratch()  # of a run that was killed
+        self.job = run.job
+        self.pool = WorkerPool(self.count, _RayCrew(self.ray, self.device, run.hand_over()), run.note)
+
+    def run(self, schedule: Schedule) -> None:
+        """Do all works of a schedule.
+
+        Raises:
+            RunError: works that failed in every try. VptqError: what a work raises.
+        """
+        assert self.pool is not None and self.job is not None
+        run_pool(self.pool, schedule, self.job)
+
+    def close(self) -> None:
+        """Give the cluster's resources back."""
+        if self.pool is not None and self.job is not None:
+            self.pool.close()
+            self.job.drop_scratch()
+            self.pool = None
+        self.ray.shutdown()
+
+
+class _RayCrew:
+    """A `pool.Crew` of actors."""
+
+    def __init__(self, ray: Any, device: torch.device, setup: Setup) -> None:
+        self.ray, self.device, self.setup = ray, device, setup
+        self._actors: dict[int, Any] = {}
+        self._asked: dict[Any, int] = {}  # what has not answered yet -> the worker's number
+
+    def begin(self, number: int) -> None:
+        """Ask for an actor; of one that died, whether it is back."""
+        if number not in self._actors:
+            needs = {"num_gpus": 1} if self.device.type == "cuda" else {"num_cpus": 1}
+            patient = {"env_vars": {WAITING: "PASSIVE"}}
+            kind = self.ray.remote(_Actor).options(max_restarts=RESTARTS_WITHOUT_END, runtime_env=patient, **needs)
+            self._actors[number] = kind.remote(self.device.type, self.setup, number)
+        self._asked[self._actors[number].begin.remote()] = number
+
+    def send(self, number: int, given: Try) -> None:
+        """Give it something to do."""
+        self._asked[self._actors[number].do.remote(given)] = number
+
+    def listen(self) -> list[tuple[int, int, Any]]:
+        """What actors said; waits for something."""
+        (answered, *_), _ = self.ray.wait(list(self._asked), num_returns=1)
+        number = self._asked.pop(answered)
+        try:
+            said, value = self.ray.get(answered)
+        except self.ray.exceptions.RayError as error:
+            return [(number, DIED, f"worker {number} was lost ({type(error).__name__})")]
+        return [(number, said, value)] + ([] if said == STARTED else [(number, FREE, None)])
+
+    def end(self) -> None:
+        """End all, whatever they are at."""
+        for actor in self._actors.values():
+            self.ray.kill(actor)
+        self._actors.clear()
+        self._asked.clear()
+
+
+class _Actor:
+    """A worker, somewhere in the cluster."""
+
+    def __init__(self, device: str, setup: Setup, number: int) -> None:
+        self.device, self.setup, self.number = device, setup, number
+        self._do: Do | None = None
+
+    def begin(self) -> tuple[int, Any]:
+        """Make ready to work."""
+
+        def make() -> str | None:
+            # Ray shows an actor its own GPU alone
+            device = torch.device(self.device, 0) if self.device == "cuda" else torch.device("cpu")
+            self._do, note = start_worker(device, self.setup, self.number)
+            return note
+
+        said, value = answer_of(make)
+        return (STARTED, value) if self._do is not None else (said, value)
+
+    def do(self, given: Try) -> tuple[int, Any]:
+        """What came of a work."""
+        do = self._do
+        assert do is not None
+        return answer_of(lambda: do(given, lambda part: None)())
+
+
+def _connect(address: str | None) -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("--executor ray needs Ray", hint="pip install 'vptq[ray]', on every machine of the cluster") from None
+    own: dict[str, Any] = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True, **own)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"there is no Ray cluster at `{address or 'RAY_ADDRESS'}`",
+            where=str(error).strip().splitlines()[:2],
+            hint="start it with `ray start --head`, and give its address with --ray_address, or `auto` on one of its machines",
+        ) from error
+    return ray
+
+
+def _check_size(resources: dict[str, float], count: int, device: torch.device) -> None:
+    kind = "GPU" if device.type == "cuda" else "CPU"
+    there = int(resources.get(kind, 0))
+    if there < count:
+        raise UsageError(f"num_gpus is {count}, the Ray cluster has {there} {kind}s", hint=f"set --num_gpus {max(there, 1)}")
