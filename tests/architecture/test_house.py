@@ -114,8 +114,11 @@ INSIDE = {  # order of files within a room, from the street up
         "executors",
         "settle",
         "run",
+        "rates",
+        "estimate",
+        "forecast",
     ],
-    "cli": ["options", "show", "quantize", "eval_ppl", "eval_kl", "eval_tasks", "generate", "bits", "main"],
+    "cli": ["options", "show", "plan", "quantize", "eval_ppl", "eval_kl", "eval_tasks", "generate", "bits", "main"],
 }
 TORCH_FREE = ["errors", "recipe", "checks", "config", "geometry", "layer_config", "bits", "models.headers", "models.shapes"]
 

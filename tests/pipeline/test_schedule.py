@@ -146,5 +146,5 @@ def test_works_in_order():
 
 
 def test_more_workers_run_further_ahead():
-    assert [blocks_ahead(count, False) for count in (1, 2, 4, 8, 64)] == [0, 1, 1, 2, 16]
+    assert [blocks_ahead(count, False) for count in (1, 2, 4, 8, 64)] == [0, 1, 2, 4, 32]
     assert blocks_ahead(8, True) == 0

@@ -16,7 +16,7 @@ from vptq.models.files import save_json, save_tensors, writing_to
 from vptq.models.headers import INDEX_NAME, SINGLE_NAME, read_config
 from vptq.models.stream import FolderSource
 
-MAX_SHARD_BYTES = 4 << 30
+MAX_SHARD_BYTES = 1 << 30  # a shard is in main memory twice while it is written
 COPIED_PATTERNS = (
     "generation_config.json",
     "tokenizer*",

@@ -12,8 +12,8 @@ from vptq.cli.options import add_fields, make_parser, merge_settings, normalise_
 from vptq.cli.show import bits_table, write_json
 from vptq.config import LinearConfig, QuantConfig
 from vptq.errors import UsageError
-from vptq.models.headers import is_hub_name, read_config
-from vptq.models.shapes import KNOWN_MODELS, ModelShapes, can_derive, known_shapes, shapes_from_config
+from vptq.models.headers import read_config
+from vptq.models.shapes import KNOWN_MODELS, ModelShapes, can_derive, config_folder, known_shapes, shapes_from_config
 
 EXAMPLES = """\
   vptq bits --shape 16x16 --vector_lens -1 8 --num_centroids -1 16 --num_res_centroids -1 4
@@ -63,7 +63,7 @@ def _count(shape: str | None, model_name: str | None, given: dict[str, Any]) -> 
         return matrix_bits(int(match[1]), int(match[2]), config.linear)
     if model_name is not None and model_name.lower() in KNOWN_MODELS and not Path(model_name).is_dir():
         return model_bits(known_shapes(model_name), config.linear)
-    folder = _config_folder(model_name)
+    folder = config_folder(model_name)
     model_config = read_config(folder)
     if isinstance(model_config.get("quantization_config"), dict):
         vector_settings = sorted(set(given) & {f for f in LinearConfig.__dataclass_fields__})
@@ -80,29 +80,6 @@ def _count(shape: str | None, model_name: str | None, given: dict[str, Any]) -> 
             )
         return checkpoint_bits(folder)
     return model_bits(_shapes(folder, model_config), config.linear)
-
-
-def _config_folder(model_name: str | None) -> Path:
-    """Where config.json is: the demo, a folder, or a hub name, of which only config.json is fetched."""
-    if model_name is None:
-        return Path(__file__).parents[1] / "models" / "demo"
-    path = Path(model_name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or "/" not in model_name or not is_hub_name(model_name):
-        raise UsageError(
-            f"`{model_name}` is no model folder, no hub name and not in the table of shapes",
-            hint=f"known: {', '.join(KNOWN_MODELS)}",
-        )
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(model_name, "config.json")).parent
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(
-            f"the hub gives no config.json of `{model_name}`", where=[reason], hint="check name and network"
-        ) from error
 
 
 def _shapes(folder: Path, model_config: dict[str, Any]) -> ModelShapes:

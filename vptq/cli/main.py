@@ -12,6 +12,7 @@ from vptq.errors import INTERRUPTED_EXIT_CODE, UsageError, VptqError
 
 COMMANDS = {
     "quantize": ("vptq.cli.quantize", "quantize a model: calibration, codebooks, checkpoint, perplexity"),
+    "plan": ("vptq.cli.plan", "what a run will do and take: bits, time, memory, disk, and all that is wrong, at once"),
     "eval-ppl": ("vptq.cli.eval_ppl", "perplexity of an original, dequantized or packed model"),
     "eval-kl": ("vptq.cli.eval_kl", "how far a quantized model's predictions are from its original's"),
     "eval-tasks": ("vptq.cli.eval_tasks", "zero-shot tasks through lm-eval, packed models included"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vptq.cli.options import add_fields, make_parser, merge_settings, normalise_flags, with_defaults
+from vptq.cli.plan import show_forecast
 from vptq.cli.show import Bar, megabytes, say, table, with_error
 from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
 from vptq.errors import INTERRUPTED_EXIT_CODE, UsageError, VptqError
@@ -30,6 +31,9 @@ def run(argv: Sequence[str]) -> int:
         "quantize", "Quantize a model: calibration, codebooks, second-order sweep, checkpoint, perplexity.", EXAMPLES
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with the names below; a flag wins over it")
+    parser.add_argument(
+        "--dry_run", action="store_true", default=False, help="only say what the run would do and take, as `vptq plan` does"
+    )
     parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a run that was stopped")
     add_fields(parser, QuantConfig, CalibrationConfig, LinearConfig)
     old = parser.add_argument_group("for scripts written for the reference")
@@ -39,12 +43,16 @@ def run(argv: Sequence[str]) -> int:
     old.add_argument("--inv_hessian_path", metavar="STR", help="not needed beside --hessian_path: the inverse is computed")
     flags = vars(parser.parse_args(normalise_flags(argv)))
 
-    resume = flags.pop("resume", None)
+    resume, dry_run = flags.pop("resume", None), flags.pop("dry_run")
     inverse = flags.pop("inv_hessian_path", None)
     given = _absolute_paths(merge_settings(flags, flags.pop("config", None)))
     _check_inverse(inverse, given)
     settings = given if resume is not None else with_defaults(given)
     config = QuantConfig.from_flat(settings)
+    if dry_run:
+        if resume is not None:
+            raise UsageError("--dry_run is for a new run", hint="leave out --resume")
+        return show_forecast(config, weights_needed=True)
 
     bar = Bar()
     try:

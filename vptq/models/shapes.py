@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vptq.errors import UsageError
+from vptq.models.headers import is_hub_name
 
 FLOAT_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 
@@ -64,6 +66,7 @@ KNOWN_MODELS: Mapping[str, dict[str, Any]] = {
     "llama-2-70b": _llama(8192, 28672, 80, 64, 8, 32000),
     "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256),
     "llama-3-70b": _llama(8192, 28672, 80, 64, 8, 128256),
+    "llama-3.1-405b": _llama(16384, 53248, 126, 128, 8, 128256),
     "mistral-7b": _llama(4096, 14336, 32, 32, 8, 32000, model_type="mistral"),
     "opt-125m": _opt(768, 12, 12),
     "opt-1.3b": _opt(2048, 24, 32),
@@ -79,6 +82,29 @@ def known_shapes(name: str) -> ModelShapes:
     if name.lower() not in KNOWN_MODELS:
         raise UsageError(f"no model `{name}` in the table of shapes", hint=f"known: {', '.join(KNOWN_MODELS)}")
     return shapes_from_config(KNOWN_MODELS[name.lower()])
+
+
+def config_folder(model_name: str | None) -> Path:
+    """Where config.json is: the demo, a folder, or a hub name, of which only config.json is fetched."""
+    if model_name is None:
+        return Path(__file__).parent / "demo"
+    path = Path(model_name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or "/" not in model_name or not is_hub_name(model_name):
+        raise UsageError(
+            f"`{model_name}` is no model folder, no hub name and not in the table of shapes",
+            hint=f"known: {', '.join(KNOWN_MODELS)}",
+        )
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415
+
+    try:
+        return Path(hf_hub_download(model_name, "config.json")).parent
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(
+            f"the hub gives no config.json of `{model_name}`", where=[reason], hint="check name and network"
+        ) from error
 
 
 def can_derive(config: Mapping[str, Any]) -> bool:

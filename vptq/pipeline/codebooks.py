@@ -42,12 +42,12 @@ def codebook_file(folder: Path, config: LinearConfig) -> Path:
 
 
 def prepare_codebooks(
-    folder: Path, configs: Iterable[LinearConfig], device: torch.device, source: TensorSource, linears: list[str]
+    folder: Path, configs: Iterable[LinearConfig], device: torch.device, source: TensorSource | None, linears: list[str]
 ) -> None:
     """Put every shared codebook that `configs` need in `folder`, where it is not there yet.
 
     Args:
-        source, linears: the model's weights, for codebooks trained on them.
+        source, linears: the model's weights, for codebooks trained on them; None where there are none such.
     """
     for config in {codebook_name(c): c for c in configs if c.is_shared}.values():
         path = codebook_file(folder, config)
@@ -86,8 +86,9 @@ def make_codebooks(config: LinearConfig, device: torch.device) -> dict[str, Tens
     return found
 
 
-def _find(config: LinearConfig, device: torch.device, source: TensorSource, linears: list[str]) -> dict[str, Tensor]:
+def _find(config: LinearConfig, device: torch.device, source: TensorSource | None, linears: list[str]) -> dict[str, Tensor]:
     if config.codebook_source == "model":
+        assert source is not None
         return {key: tensor.cpu() for key, tensor in _train_on_model(config, device, source, linears).items()}
     name = codebook_name(config)
     with safe_open(SHIPPED, framework="pt") as file:

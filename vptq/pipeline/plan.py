@@ -13,7 +13,7 @@ from vptq.data import check_dataset
 from vptq.errors import UsageError
 from vptq.geometry import geometry_warnings, plan_geometry
 from vptq.layer_config import LayerConfig
-from vptq.models.architecture import DEMO, LinearInfo, Skeleton, check_weights
+from vptq.models.architecture import DEMO, LinearInfo, Skeleton, check_weights, tied_names
 from vptq.models.headers import DTYPE_BITS
 from vptq.models.stream import FolderSource
 from vptq.pipeline.codebooks import codebook_name
@@ -68,20 +68,22 @@ class RunPlan:
 def make_plan(
     config: QuantConfig,
     skeleton: Skeleton,
-    source: FolderSource,
+    source: FolderSource | None,
     settings: Mapping[str, LinearConfig] | None = None,
     fold: Fold | None = None,
 ) -> RunPlan:
     """Work out the run.
 
     Args:
+        source: None for a model whose weights are not at hand.
         settings: of every linear, by name, where they differ; else `config.linear` is that of all.
         fold: what rotates some sides of the linears already.
     Raises:
         UsageError: with everything that does not fit, listed.
     """
     config.validate()
-    check_weights(skeleton, source)
+    if source is not None:
+        check_weights(skeleton, source)
     wanted = []
     for info in skeleton.linears():
         own = (settings or {}).get(info.name, config.linear)
@@ -138,25 +140,38 @@ def _eval_datasets(config: QuantConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _file_bits(linears: tuple[LinearPlan, ...], skeleton: Skeleton, source: FolderSource) -> ModelBits:
+def _file_bits(linears: tuple[LinearPlan, ...], skeleton: Skeleton, source: FolderSource | None) -> ModelBits:
     quantized = {f"{linear.name}.weight" for linear in linears}
+    if source is None:
+        rest = [p for name, p in skeleton.model.named_parameters() if name not in quantized | tied_names(skeleton.model)]
+        count = sum(parameter.numel() for parameter in rest)
+        return ModelBits(tuple(linear.bits for linear in linears), count * skeleton.dtype.itemsize * 8, count)
     files = {source.file_name(name) for name in quantized}
     others = [entry for name, entry in source.entries.items() if name not in files]
     weights = sum(e.num_bytes * 8 // DTYPE_BITS.get(e.dtype, 16) for e in others)
     return ModelBits(tuple(linear.bits for linear in linears), sum(e.num_bytes for e in others) * 8, weights)
 
 
+def result_bytes(config: QuantConfig, plan: RunPlan, original: int) -> int:
+    """Bytes that a run leaves on the disk, or needs there on the way. original: of the model's weights."""
+    needed = sum(b.stored for b in plan.bits.linears) // 8
+    needed += plan.bits.file_bits // 8 if config.save_packed_model else 0
+    return needed + (original if config.save_model else 0)
+
+
 def check_disk(config: QuantConfig, plan: RunPlan, source: FolderSource, *, already: int, hessians: int) -> None:
     """Raise UsageError, before hours of work, if the results will not fit.
 
     Args:
-        already: bytes that a resumed run's folder holds. hessians: bytes that will be kept in --hessian_path.
+        already: bytes that a resumed run's folder holds. hessians: bytes that will be kept in --hessian_path or handed over.
     """
     original = sum(entry.num_bytes for entry in source.entries.values())
-    needed = sum(b.stored for b in plan.bits.linears) // 8 - already + hessians
-    needed += plan.bits.file_bits // 8 if config.save_packed_model else 0
-    needed += original if config.save_model else 0
-    existing = Path(config.output_dir).expanduser().absolute()
+    refuse_full_disk(config.output_dir, result_bytes(config, plan, original) - already + hessians)
+
+
+def refuse_full_disk(output_dir: str, needed: int) -> None:
+    """Raise UsageError where so many bytes don't fit."""
+    existing = Path(output_dir).expanduser().absolute()
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free

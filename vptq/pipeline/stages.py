@@ -22,7 +22,7 @@ from vptq.pipeline.schedule import Stage
 from vptq.pipeline.task import LinearTask, make_batches
 from vptq.pipeline.works import Calibrate, KeepHessian, MeasureLinears, QuantizeLinears, Work
 
-LINEARS_A_WORKER = 4  # a worker that is done with one block's should find another's: so many blocks are calibrated ahead
+WORKERS_A_BLOCK = 2  # a block has few linears of very different size: more workers than this need further blocks to be busy
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def blocks_ahead(num_workers: int, sequential: bool) -> int:
     """How many blocks are calibrated before the linears of an earlier one are done."""
     if sequential or num_workers == 1:
         return 0
-    return -(-num_workers // LINEARS_A_WORKER)
+    return -(-num_workers // WORKERS_A_BLOCK)
 
 
 def measuring_stages(passage: Passage) -> list[Stage]:
