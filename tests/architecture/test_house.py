@@ -19,7 +19,19 @@ FLOORS = [
     "quantize", "nn", "evaluation", "checkpoint", "pipeline", "cli",
 ]  # fmt: skip
 INSIDE = {  # order of files within a room, from the street up
-    "models": ["device", "headers", "files", "shapes", "stream", "staging", "prefetch", "architecture", "runner"],
+    "models": [
+        "device",
+        "headers",
+        "remote",
+        "lock",
+        "files",
+        "shapes",
+        "stream",
+        "staging",
+        "prefetch",
+        "architecture",
+        "runner",
+    ],
     "calibration": ["runs", "hessian", "hessian_store", "fisher"],
     "quantize": [
         "kernels",

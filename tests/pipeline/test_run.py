@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ class Stop(Silent):
         self.quantizing = False
 
     def run_folder(self, folder):
-        self.folder = folder
+        self.folder = folder if "://" in folder else Path(folder)
 
     def phase(self, text):
         self.quantizing = text.endswith("quantizing")
@@ -404,3 +405,23 @@ def test_a_run_that_can_not_begin_lets_go_of_its_lock(tiny_llama, text_file, tmp
             quantize_model(QuantConfig(), resume=stop.folder, given={"device": "cuda:99"})
         errors.append(caught)  # kept, as a notebook keeps the last one
     assert all("cuda:99" in str(caught.value) for caught in errors)
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_a_run_behind_a_url(num_gpus, whole, tiny_llama, text_file, tmp_path):
+    """Stopped, resumed from the URL by a process that has nothing of it, finished."""
+    url = f"local://{tmp_path}/there"
+    stop = Stop(5)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(config_of(tiny_llama, text_file, url, num_gpus=num_gpus), progress=stop)
+    assert stop.folder.startswith(url)
+    there = tmp_path / "there" / stop.folder.removeprefix(url + "/")
+    assert len(list((there / "work").iterdir())) >= 5 and not (there / "packed_model").exists()
+    with pytest.raises(UsageError, match="no run folder"):
+        quantize_model(QuantConfig(), resume=url + "/nothing")
+    result = quantize_model(QuantConfig(), resume=stop.folder)
+    assert packed_bytes(there) == packed_bytes(result.folder) == packed_bytes(whole.folder)
+    assert {p.name for p in there.iterdir()} == {"job.json", "config.yaml", "logs", "packed_model", "linears.json"}
+    assert json.loads((there / "job.json").read_text())["finished"]
+    logs = "".join(path.read_text() for path in (there / "logs").iterdir())
+    assert logs.count("proxy error") == 14

@@ -14,6 +14,7 @@ from torch import Tensor
 from vptq.layer_config import LayerConfig, quantization_config
 from vptq.models.files import save_json, save_tensors, writing_to
 from vptq.models.headers import INDEX_NAME, SINGLE_NAME, read_config
+from vptq.models.remote import PARTIAL, publish
 from vptq.models.stream import FolderSource
 
 MAX_SHARD_BYTES = 1 << 30  # a shard is in main memory twice while it is written
@@ -41,7 +42,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         self.folder = folder
-        self.partial = folder.with_name(f"{folder.name}.partial")
+        self.partial = folder.with_name(f"{folder.name}{PARTIAL}")
         self.max_shard_bytes = max_shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
@@ -89,6 +90,7 @@ class CheckpointWriter:
         self._name_shards()
         shutil.rmtree(self.folder, ignore_errors=True)
         os.replace(self.partial, self.folder)
+        publish(self.folder)
 
     def _name_shards(self) -> None:
         count = len(self._shards)

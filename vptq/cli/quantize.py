@@ -11,6 +11,7 @@ from vptq.cli.plan import show_forecast
 from vptq.cli.show import Bar, megabytes, say, table, with_error
 from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
 from vptq.errors import INTERRUPTED_EXIT_CODE, UsageError, VptqError
+from vptq.models.remote import shown
 from vptq.recipe import HUB_NAMES
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         from vptq.pipeline.run import quantize_model
 
-        result = quantize_model(config, resume=Path(resume) if resume is not None else None, given=given, progress=bar)
+        result = quantize_model(config, resume=resume, given=given, progress=bar)
     except KeyboardInterrupt:
         bar.finish()
         if bar.folder is None:
@@ -127,7 +128,7 @@ def summary(result: RunResult) -> str:
         )
         rows.append(("", f"context {after.seq_len}, {after.num_tokens:,} tokens counted"))
     rows.append(("time", f"{result.seconds:.0f} s"))
-    rows.append(("results", str(result.folder)))
+    rows.append(("results", shown(result.folder)))
     return table(rows)
 
 

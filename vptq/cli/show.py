@@ -85,7 +85,7 @@ class Bar:
     """A progress bar with the time left for the whole run, where a person watches; notes in any case."""
 
     def __init__(self) -> None:
-        self.folder: Path | None = None
+        self.folder: str | None = None
         self._bar: Any = None
         self._shown = sys.stderr.isatty() and "NO_COLOR" not in os.environ
 
@@ -97,7 +97,7 @@ class Bar:
         layout = "{desc}: {percentage:3.0f}% |{bar:30}| {elapsed} gone, {remaining} left"
         self._bar = tqdm(total=total, initial=done, bar_format=layout, smoothing=0.05, dynamic_ncols=True)
 
-    def run_folder(self, folder: Path) -> None:
+    def run_folder(self, folder: str) -> None:
         self.folder = folder
         self.note(f"run folder: {folder}")
 

@@ -8,12 +8,13 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vptq.errors import UsageError
+from vptq.models.remote import PARTIAL, mirror_of, publish, writing
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -30,14 +31,29 @@ def save_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """The path to write at; what is there when the block ends well appears under `path`, at once."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """The path to write at; what is there when the block ends well appears under `path`, at once, and behind its URL."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     with writing_to(path):
+        if mirror_of(path) is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)  # another machine may have made it
         try:
             yield partial
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+        publish(path)
+
+
+@contextlib.contextmanager
+def whole_stream(path: Path) -> Iterator[BinaryIO]:
+    """A file to write at; it appears under `path` when the block ends well, or behind its URL alone."""
+    mirror = mirror_of(path)
+    if mirror is not None:
+        with writing(mirror, path) as stream:
+            yield stream
+        return
+    with whole_file(path) as partial, partial.open("wb", buffering=0) as file:
+        yield file
 
 
 @contextlib.contextmanager
@@ -45,6 +61,8 @@ def writing_to(path: Path) -> Iterator[None]:
     """Turn a full disk, or a folder that can't be written, into a message."""
     try:
         yield
+    except UsageError:
+        raise
     except Exception as error:
         text = str(error)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "os error 28" in text

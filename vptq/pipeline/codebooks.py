@@ -15,6 +15,7 @@ from torch import Tensor
 from vptq.config import LinearConfig
 from vptq.errors import CheckpointError
 from vptq.models.files import save_tensors
+from vptq.models.remote import fetch
 from vptq.models.stream import TensorSource
 from vptq.quantize.codebook import store_codebook
 from vptq.quantize.gaussian import gaussian_codebook, gaussian_trellis, residual_codebook, train_codebook
@@ -60,7 +61,7 @@ def prepare_codebooks(
 def load_codebooks(path: Path, bitwidth: int, bsize: int, dtype: torch.dtype, device: torch.device) -> tuple[Codebook, ...]:
     """Main and perhaps residual codebook of a file, as they will be stored. dtype: float type of the checkpoint."""
     try:
-        found = load_file(path)
+        found = load_file(fetch(path))
     except Exception as error:
         raise CheckpointError(f"shared codebook `{path}` can't be read", where=[str(error)], hint="delete it") from error
     return tuple(

@@ -10,6 +10,7 @@ from typing import Any
 from vptq.config import LinearConfig, QuantConfig
 from vptq.models.architecture import Skeleton
 from vptq.models.prefetch import PrefetchingFolder
+from vptq.models.remote import fetch
 from vptq.pipeline.allocation import nearest_rung
 from vptq.pipeline.fold import Fold
 from vptq.pipeline.job import Job
@@ -26,7 +27,7 @@ def first_plan(
     if config.bits is None:
         return make_plan(config, skeleton, source, fold=fold)
     config.validate()
-    path = job.folder / ALLOCATION if job is not None else None
+    path = fetch(job.folder / ALLOCATION) if job is not None else None
     if path is not None and path.exists():
         return planned_as_allocated(config, skeleton, source, path, fold)
     return make_plan(replace(config, linear=nearest_rung(config.linear, config.bits)), skeleton, source, fold=fold)

@@ -22,6 +22,7 @@ from vptq.errors import UsageError, VptqError
 from vptq.models.architecture import Skeleton, check_weights, load_skeleton, resolve_folder
 from vptq.models.device import forced_dtype, resolve_device
 from vptq.models.headers import fingerprint
+from vptq.models.remote import local_folder
 from vptq.models.shapes import KNOWN_MODELS, config_folder
 from vptq.models.stream import FolderSource
 from vptq.pipeline.allocation import nearest_rung
@@ -178,7 +179,7 @@ def _check_texts(config: QuantConfig, faults: _Faults) -> None:
 
 
 def _check_output(config: QuantConfig) -> None:
-    folder = Path(config.output_dir).expanduser().absolute()
+    folder = local_folder(config.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -190,7 +191,7 @@ def _measured(config: QuantConfig, skeleton: Skeleton, plan: RunPlan, device: to
     typical = max(plan.linears, key=lambda linear: linear.bits.num_weights)
     dtype = forced_dtype(device) or skeleton.dtype
     hidden = min(linear.info.in_features for linear in plan.linears)
-    return measure_rates(typical, hidden, device, dtype, Path(config.output_dir).expanduser().absolute(), start_seconds)
+    return measure_rates(typical, hidden, device, dtype, local_folder(config.output_dir).absolute(), start_seconds)
 
 
 def _keeps_on_gpu(device: torch.device | None, plan: RunPlan, skeleton: Skeleton, config: QuantConfig) -> Callable[[int], bool]:

@@ -15,7 +15,8 @@ from vptq.calibration.hessian import BlockSums
 from vptq.calibration.hessian_store import HessianStore
 from vptq.calibration.runs import InputSums, Subtree, mean_of, sum_subtrees
 from vptq.errors import RunError
-from vptq.models.files import whole_file
+from vptq.models.files import whole_stream
+from vptq.models.remote import reading
 from vptq.models.staging import room_for
 
 ROWS_AT_ONCE = 1024  # of a matrix on its way to or from a file
@@ -89,7 +90,7 @@ class StoredSums:
     def save(cls, path: Path, sums: InputSums) -> StoredSums:
         """Write sums, complete or not at all."""
         staging = _staging(sums.total.shape, sums.total.is_cuda)
-        with whole_file(path) as partial, partial.open("wb", buffering=0) as file:
+        with whole_stream(path) as file:
             for matrices, upper in ((sums.total, True), (sums.drift, False)):
                 for strip in [] if matrices is None else _strips(matrices, upper):
                     _write(file, strip, staging)
@@ -100,7 +101,7 @@ class StoredSums:
         total = torch.zeros(self.shape, device=device)
         drift = torch.empty(self.shape, device=device) if self.has_drift else None
         staging = _staging(self.shape, device.type == "cuda")
-        with self.path.open("rb", buffering=0) as file:
+        with reading(self.path) as file:
             for matrices, upper in ((total, True), (drift, False)):
                 for strip in [] if matrices is None else _strips(matrices, upper):
                     _read_into(file, strip, staging, self.path)

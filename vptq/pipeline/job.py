@@ -10,15 +10,13 @@ logs/0.log     one line a linear (one file a worker)
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
@@ -27,11 +25,14 @@ from torch import Tensor
 
 from vptq.config import QuantConfig
 from vptq.errors import CheckpointError, UsageError
-from vptq.models.files import save_json, save_tensors, writing_to
+from vptq.models.files import save_json, save_tensors, whole_file, writing_to
+from vptq.models.lock import LOCK, FolderLock, lock_folder
+from vptq.models.remote import exists, fetch, fetch_all, local_folder, mirror_of, publish, remove, shown
 from vptq.recipe import VECTOR_SETTINGS
 
 JOB_VERSION = 1
 CHECKSUM = "sha256"
+SCRATCH = "scratch"
 # What may differ on resume: where and with how many hands the work is done, not what comes out.
 FREE_ON_RESUME = {"output_dir", "num_gpus", "device", "executor", "ray_address", "trust_remote_code"}
 
@@ -44,8 +45,8 @@ class Job:
         self.work = folder / "work"
         self.logs = folder / "logs"
         self.codebooks = folder / "codebooks"
-        self.scratch = folder / "scratch"
-        self._lock: IO[str] | None = None
+        self.scratch = folder / SCRATCH
+        self._lock: FolderLock | None = None
 
     @classmethod
     def create(cls, config: QuantConfig, fingerprint: str, facts: dict[str, Any]) -> Job:
@@ -59,7 +60,7 @@ class Job:
         setting = f"v{linear.vector_len}_c{linear.num_centroids[1]}{residual}{trellis}"
         if config.bits is not None:
             setting = f"{config.bits:g}bits"
-        parent = Path(config.output_dir).expanduser() / _model_folder_name(config.model_name) / setting
+        parent = local_folder(config.output_dir) / _model_folder_name(config.model_name) / setting
         with writing_to(parent):
             folder = _fresh_folder(parent, time.strftime("%Y-%m-%d-%H-%M-%S"))
         job = cls(folder, config, fingerprint, facts)
@@ -70,26 +71,48 @@ class Job:
             resolved = {k: v for k, v in config.to_flat().items() if k not in chosen} | {
                 name: facts[name] for name in ("dataset", "seq_len")
             }
-            (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+            with whole_file(folder / "config.yaml") as partial:
+                partial.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
         job.save(finished=False)
         return job
 
     @classmethod
-    def load(cls, folder: Path) -> Job:
-        """The job of an existing run folder. Raises CheckpointError where there is none."""
-        path = folder / "job.json"
+    def load(cls, name: str | Path) -> Job:
+        """The job of an existing run folder, or URL, to go on with. Raises CheckpointError where there is none."""
+        folder = local_folder(str(name))
+        if mirror_of(folder) is None or not exists(folder / "job.json"):
+            return cls.at(folder)
+        lock = lock_folder(folder)  # before what is here is replaced by what is there
+        try:
+            fetch_all(folder, but=(SCRATCH, LOCK))
+            job = cls.at(folder)
+        except BaseException:
+            lock.release()
+            raise
+        job._lock = lock
+        return job
+
+    @classmethod
+    def at(cls, folder: Path) -> Job:
+        """The job of a run folder that is here."""
+        path = fetch(folder / "job.json")
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["version"] != JOB_VERSION:
-                raise CheckpointError(f"`{folder}` was made by another version of vptq", hint="start a new run")
+                raise CheckpointError(f"`{shown(folder)}` was made by another version of vptq", hint="start a new run")
             return cls(folder, QuantConfig.from_flat(stored["settings"]), stored["fingerprint"], stored["facts"])
         except FileNotFoundError:
             raise CheckpointError(
-                f"`{folder}` is no run folder: it holds no job.json",
+                f"`{shown(folder)}` is no run folder: it holds no job.json",
                 hint="give the folder named when the run started, OUTPUT_DIR/MODEL_NAME/SETTING/TIME",
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"`{path}` is damaged", where=[str(error)], hint="start a new run") from error
+            raise CheckpointError(f"`{shown(path)}` is damaged", where=[str(error)], hint="start a new run") from error
+
+    @property
+    def shown(self) -> str:
+        """The run folder as the user knows it."""
+        return shown(self.folder)
 
     def lock(self) -> None:
         """Keep other processes out of the run folder for as long as this one lives.
@@ -97,19 +120,14 @@ class Job:
         Raises:
             UsageError: another process works in it.
         """
-        with writing_to(self.folder):
-            self._lock = (self.folder / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                f"another process works in `{self.folder}`", hint="wait until it is done, or stop it, and resume then"
-            ) from None
+        if self._lock is None:
+            with writing_to(self.folder):
+                self._lock = lock_folder(self.folder)
 
     def unlock(self) -> None:
         """Let others in again."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def save(self, finished: bool) -> None:
@@ -126,7 +144,7 @@ class Job:
         """Raise UsageError if a resumed run would calibrate on other tokens than it did before."""
         if "tokens" in self.facts and facts.get("tokens", self.facts["tokens"]) != self.facts["tokens"]:
             raise UsageError(
-                f"calibration text `{facts['dataset']}` has changed since `{self.folder}` was started",
+                f"calibration text `{facts['dataset']}` has changed since `{self.shown}` was started",
                 hint="put the old text back, or start a new run",
             )
 
@@ -160,7 +178,7 @@ class Job:
 
     def _read(self, linear: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata of a work file."""
-        with safe_open(self.work_file(linear), framework="pt") as file:
+        with safe_open(fetch(self.work_file(linear)), framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
 
     def tensors(self, linear: str) -> dict[str, Tensor]:
@@ -171,7 +189,7 @@ class Job:
             raise CheckpointError(
                 f"`{self.work_file(linear)}` can't be read",
                 where=[str(error)],
-                hint=f"delete it and go on with `vptq quantize --resume {self.folder}`",
+                hint=f"delete it and go on with `vptq quantize --resume {self.shown}`",
             ) from error
 
     def token_weights_file(self, run: int) -> Path:
@@ -181,19 +199,19 @@ class Job:
     def has_token_weights(self, run: int) -> bool:
         """Whether it is there, and whole."""
         try:
-            with safe_open(self.token_weights_file(run), framework="pt") as file:
+            with safe_open(fetch(self.token_weights_file(run)), framework="pt") as file:
                 return bool(file.keys())
         except Exception:
             return False
 
     def token_weights(self, run: int, linear: str) -> Tensor:
         """Of a linear, by its full name: (row_groups, tokens of the run) float32."""
-        with safe_open(self.token_weights_file(run), framework="pt") as file:
+        with safe_open(fetch(self.token_weights_file(run)), framework="pt") as file:
             return file.get_tensor(linear)
 
     def drop_token_weights(self) -> None:
         """Free the disk of them."""
-        shutil.rmtree(self.token_weights_file(0).parent, ignore_errors=True)
+        remove(self.token_weights_file(0).parent)
 
     def make_scratch(self) -> None:
         """An empty folder for what workers hand over."""
@@ -202,16 +220,21 @@ class Job:
 
     def drop_scratch(self) -> None:
         """Forget what workers handed over."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        remove(self.scratch)
 
     def drop_work(self) -> None:
         """Free the disk of what the packed checkpoint holds as well."""
         for folder in (self.work, self.codebooks):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
 
     def log(self, line: str, worker: int = 0) -> None:
-        with writing_to(self.logs), (self.logs / f"{worker}.log").open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        """Add a line to a worker's log."""
+        path = self.logs / f"{worker}.log"
+        with writing_to(self.logs):
+            self.logs.mkdir(exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        publish(path)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -238,7 +261,7 @@ def check_resume(job: Job, given: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise UsageError(
-            f"a resumed run keeps its settings; `{job.folder}` was started with others",
+            f"a resumed run keeps its settings; `{job.shown}` was started with others",
             where=changed,
             hint="leave these flags out to go on, or start a new run without --resume",
         )
@@ -256,6 +279,8 @@ def _fresh_folder(parent: Path, name: str) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(1000):
         folder = parent / (name if attempt == 0 else f"{name}-{attempt}")
+        if exists(folder / "job.json"):
+            continue
         try:
             folder.mkdir()
             return folder

@@ -33,7 +33,7 @@ def finished_result(job: Job) -> RunResult:
     """What a finished run found, read back from its folder."""
     packed = job.folder / "packed_model"
     if not packed.exists():
-        raise UsageError(f"the run in `{job.folder}` is finished", hint="start a new run to get a packed checkpoint")
+        raise UsageError(f"the run in `{job.shown}` is finished", hint="start a new run to get a packed checkpoint")
     measured = job.perplexities()
     context: dict[str, Any] = next((v for k, v in measured.items() if k.startswith("ctx_")), {})
     perplexities = tuple(

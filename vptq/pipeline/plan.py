@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from vptq.bits import ITEMS, LinearBits, ModelBits, linear_bits
 from vptq.config import LinearConfig, QuantConfig
@@ -15,6 +14,7 @@ from vptq.geometry import geometry_warnings, plan_geometry
 from vptq.layer_config import LayerConfig
 from vptq.models.architecture import DEMO, LinearInfo, Skeleton, check_weights, tied_names
 from vptq.models.headers import DTYPE_BITS
+from vptq.models.remote import local_folder
 from vptq.models.stream import FolderSource
 from vptq.pipeline.codebooks import codebook_name
 from vptq.pipeline.ends import End, choose_ends
@@ -171,7 +171,7 @@ def check_disk(config: QuantConfig, plan: RunPlan, source: FolderSource, *, alre
 
 def refuse_full_disk(output_dir: str, needed: int) -> None:
     """Raise UsageError where so many bytes don't fit."""
-    existing = Path(output_dir).expanduser().absolute()
+    existing = local_folder(output_dir).absolute()  # of a URL, its mirror: all is here once, when it is written
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 
@@ -22,7 +21,7 @@ class Progress(Protocol):
 
     def start(self, total: float, done: float) -> None: ...
 
-    def run_folder(self, folder: Path) -> None: ...
+    def run_folder(self, folder: str) -> None: ...
 
     def advance(self, units: float) -> None: ...
 
@@ -39,7 +38,7 @@ class Silent:
     def start(self, total: float, done: float) -> None:
         pass
 
-    def run_folder(self, folder: Path) -> None:
+    def run_folder(self, folder: str) -> None:
         pass
 
     def advance(self, units: float) -> None:

@@ -12,6 +12,7 @@ from vptq.checkpoint.writer import write_dequantized, write_packed
 from vptq.config import QuantConfig
 from vptq.models.architecture import Skeleton
 from vptq.models.prefetch import PrefetchingFolder
+from vptq.models.remote import fetch
 from vptq.models.stream import FolderSource
 from vptq.nn.reference import dequantize_packed
 from vptq.pipeline.job import Job
@@ -34,7 +35,7 @@ class Results:
     def packed(self, name: str) -> dict[str, Tensor]:
         """A finished linear's tensors, from its work file, or from the packed checkpoint once that has taken its place."""
         layer = self.layers[name]
-        if self.job.work_file(name).exists():
+        if fetch(self.job.work_file(name)).exists():
             shared = {} if layer.stores_codebook else self.job.tensors(layer.codebook_of)
             return self.job.tensors(name) | {key: shared[key] for key in shared if key in layer.codebook_shapes()}
         return packed_tensors(FolderSource(self.job.folder / "packed_model", self.original.base_prefix), name, layer)

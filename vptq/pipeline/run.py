@@ -52,7 +52,7 @@ from vptq.recipe import OFF
 def quantize_model(
     config: QuantConfig,
     *,
-    resume: Path | None = None,
+    resume: str | Path | None = None,
     given: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -60,7 +60,7 @@ def quantize_model(
 
     Args:
         config: the wishes; with `resume` those of the run folder hold instead, but for where `given` says to work.
-        resume: run folder to go on with. given: what the user set this time, checked against that run's settings.
+        resume: run folder, or its URL, to go on with. given: what the user set this time, checked against that run's settings.
     Raises:
         UsageError: bad input, before any work. VptqError: a fault in the run, which can be resumed.
     """
@@ -105,7 +105,7 @@ class _Run:
         self.plan: RunPlan = first_plan(config, self.skeleton, self.source, job, self.fold)
         self.fingerprint = fingerprint(self.source.entries)
         if job is not None and job.fingerprint != self.fingerprint:
-            raise UsageError(f"`{folder}` is not the model that `{job.folder}` was started with", hint="start a new run")
+            raise UsageError(f"`{folder}` is not the model that `{job.shown}` was started with", hint="start a new run")
         hessian_path = config.calibration.hessian_path
         self.store = HessianStore(Path(hessian_path).expanduser(), self.fingerprint) if hessian_path else None
         self.kept = self._find_kept_hessians()
@@ -227,7 +227,7 @@ class _Run:
         self.job.log(text)
 
     def _announce(self) -> None:
-        self.progress.run_folder(self.job.folder)
+        self.progress.run_folder(self.job.shown)
         for warning in self.plan.warnings:
             self._note(f"warning: {warning}")
         kept = [(self.store, path) for path in set(self.kept.values())] if self.store is not None else []

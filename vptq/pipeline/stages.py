@@ -13,6 +13,7 @@ from vptq.calibration.runs import share_runs
 from vptq.data import TokenSequences
 from vptq.errors import UsageError
 from vptq.models.architecture import Skeleton
+from vptq.models.remote import remove
 from vptq.pipeline.calibrate import CalibrationText
 from vptq.pipeline.codebooks import codebook_file
 from vptq.pipeline.cost import forward_units, hessian_units, linear_units
@@ -200,4 +201,4 @@ class Quantizing:
 def drop_files(sources: Mapping[str, HessianSource]) -> None:
     """Delete sums that nobody needs any more."""
     for path in files_of(sources):
-        path.unlink(missing_ok=True)
+        remove(path)

@@ -18,6 +18,7 @@ from vptq.models.architecture import Skeleton, load_skeleton
 from vptq.models.device import forced_dtype
 from vptq.models.files import save_tensors
 from vptq.models.prefetch import PrefetchingFolder
+from vptq.models.remote import Mirror, fetch, know
 from vptq.models.runner import BlockRunner
 from vptq.models.stream import TensorSource
 from vptq.pipeline.calibrate import CalibrationText, Calibrator, relative_weights
@@ -39,10 +40,13 @@ TOKENS = "tokens.safetensors"
 class Setup:
     """What a worker in a process of its own needs to begin: settings are in the run folder.
 
-    threads: of a CPU worker, as many as one process would use alone, since sums depend on how threads share them.
+    Attributes:
+        mirror: where the run folder really is, if that is behind a URL.
+        threads: of a CPU worker, as many as one process would use alone: sums depend on how threads share them.
     """
 
     run_folder: Path
+    mirror: Mirror | None
     model_folder: Path
     base_prefix: str
     fold: Fold | None
@@ -78,10 +82,12 @@ class Worker:
     @classmethod
     def from_files(cls, setup: Setup, device: torch.device, number: int) -> Worker:
         """A worker in a process of its own."""
-        job = Job.load(setup.run_folder)
+        if setup.mirror is not None:
+            know(setup.mirror)
+        job = Job.at(setup.run_folder)
         skeleton = load_skeleton(setup.model_folder, job.config.trust_remote_code, forced_dtype(device))
         source = open_folder(setup.model_folder, setup.base_prefix, setup.fold, device)
-        path = job.scratch / TOKENS
+        path = fetch(job.scratch / TOKENS)
         tokens = load_file(path)["tokens"] if path.exists() else None
         return cls(job, skeleton, source, device, tokens, number, job.scratch)
 

@@ -17,6 +17,7 @@ from vptq.errors import RunError, UsageError
 from vptq.models.architecture import Skeleton
 from vptq.models.files import save_tensors
 from vptq.models.prefetch import PrefetchingFolder
+from vptq.models.remote import mirror_of
 from vptq.pipeline.fold import FoldedFolder
 from vptq.pipeline.job import Job
 from vptq.pipeline.pool import MOST_TRIES, LostWork, Try, WorkerPool
@@ -60,7 +61,9 @@ class Given:
         if self.tokens is not None:
             save_tensors(self.job.scratch / TOKENS, {"tokens": self.tokens})
         fold = self.source.fold if isinstance(self.source, FoldedFolder) else None
-        return Setup(self.job.folder, self.source.folder, self.source.base_prefix, fold, torch.get_num_threads())
+        folder = self.job.folder
+        model = self.source.folder, self.source.base_prefix
+        return Setup(folder, mirror_of(folder), *model, fold, torch.get_num_threads())
 
 
 class InProcess:
@@ -146,7 +149,7 @@ def run_pool(pool: WorkerPool, schedule: Schedule, job: Job) -> None:
         raise RunError(
             f"some work could not be done, in {MOST_TRIES} tries each",
             where=[f"{what}: {'; '.join(lost.reasons)}" for lost in error.lost for what in describe(lost.work)],
-            hint=f"all else is kept: `vptq quantize --resume {job.folder}` goes on; if memory ran out, with a lower --num_gpus",
+            hint=f"all else is kept: `vptq quantize --resume {job.shown}` goes on; if memory ran out, with a lower --num_gpus",
         ) from None
 
 
