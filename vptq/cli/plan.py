@@ -90,7 +90,7 @@ def _as_text(seen: Forecast) -> str:
         )
     if seen.estimates:
         assert seen.rates is not None
-        parts.append(table(_estimate_rows(seen.estimates), right=range(1, 9)))
+        parts.append(table(_estimate_rows(seen.estimates), right=range(1, 10)))
         parts.append(f"estimated from rates of {seen.rates.machine}; perplexity is not in it")
     notes = [*seen.notes, *(seen.plan.warnings if seen.plan is not None else ())]
     if notes:
@@ -151,6 +151,7 @@ def _estimate_rows(estimates: Sequence[Estimate]) -> list[tuple[str, ...]]:
         "disk",
         "scratch",
         "read, written",
+        "together",
     )
     rows: list[tuple[str, ...]] = [head]
     for e in estimates:
@@ -165,12 +166,13 @@ def _estimate_rows(estimates: Sequence[Estimate]) -> list[tuple[str, ...]]:
                 _size(e.disk_bytes),
                 _size(e.scratch_bytes),
                 f"{_size(e.read_bytes)}, {_size(e.written_bytes)}",
+                f"{_size((e.read_bytes + e.written_bytes) / e.seconds)}/s",
             )
         )
     return rows
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     return f"{count / GB:,.1f} GB" if count >= GB / 10 else f"{count / 1e6:,.1f} MB"
 
 

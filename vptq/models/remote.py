@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from vptq.errors import UsageError
 
 STREAM_BYTES = 16 << 20
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss"}
 PARTIAL = ".partial"  # end of a name that something has until it is whole
 
 
@@ -90,7 +91,7 @@ def publish(path: Path) -> None:
             if file.is_file():
                 publish(file)
         return
-    with _asking(mirror.url_of(path)):
+    with _asking(mirror.url_of(path), missing=True):
         make_parent(mirror, path)
         mirror.filesystem.put_file(str(path), mirror.url_of(path))
 
@@ -163,7 +164,7 @@ def reading(path: Path) -> Iterator[BinaryIO]:
 def writing(mirror: Mirror, path: Path) -> Iterator[BinaryIO]:
     """A stream into a file behind a URL, past the mirror; it is there when the stream is closed, whole or not at all."""
     part, whole = mirror.url_of(path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")), mirror.url_of(path)
-    with _asking(whole):
+    with _asking(whole, missing=True):
         make_parent(mirror, path)
         file = mirror.filesystem.open(part, "wb", block_size=STREAM_BYTES)
     with _asking(whole, OSError), file:
@@ -174,8 +175,15 @@ def writing(mirror: Mirror, path: Path) -> Iterator[BinaryIO]:
 
 def make_parent(mirror: Mirror, path: Path) -> None:
     """Make the folder behind the URL that a path will be in, where there are folders at all; writing tells why it can't be."""
+    if not OBJECT_STORES.isdisjoint(_protocols(mirror.filesystem)):
+        return  # a folder there is nothing, and its first part a bucket that must not be made by mistake
     with contextlib.suppress(Exception):
         mirror.filesystem.makedirs(mirror.url_of(path.parent), exist_ok=True)
+
+
+def _protocols(filesystem: Any) -> set[str]:
+    found = filesystem.protocol
+    return {found} if isinstance(found, str) else set(found)
 
 
 def _filesystem(url: str) -> Any:
@@ -190,13 +198,15 @@ def _filesystem(url: str) -> Any:
 
 
 @contextlib.contextmanager
-def _asking(url: str, kind: type[Exception] = Exception) -> Iterator[None]:
-    """Turn a fault of a remote file system, of this kind, into a message; a file that is missing stays that."""
+def _asking(url: str, kind: type[Exception] = Exception, missing: bool = False) -> Iterator[None]:
+    """Turn a fault of a remote file system, of this kind, into a message; what is missing too only with `missing`."""
     try:
         yield
-    except (FileNotFoundError, UsageError):
+    except UsageError:
         raise
     except kind as error:
+        if isinstance(error, FileNotFoundError) and not missing:
+            raise
         raise _unreachable(url, error) from error
 
 
