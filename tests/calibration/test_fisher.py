@@ -11,6 +11,9 @@ from vptq.calibration.runs import mean_of
 from vptq.errors import NumericalError
 from vptq.models.architecture import load_skeleton
 from vptq.models.runner import BlockRunner
+from vptq.pipeline.hessians import sources_of
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +182,28 @@ def test_experts_that_see_other_tokens_in_another_run_count_them_alike(generator
     chosen = drifted.reshape(-1, 4)[drifted.reshape(-1, 4)[:, 0] > 0]
     torch.testing.assert_close(found["a",][0][0], chosen.T @ chosen / len(chosen))
     assert found["a",][1].eq(0).all() and not found["all",][1].eq(0).all()
+
+
+def test_experts_that_some_runs_never_reach(generator):
+    """One watcher over three runs, and one for each share of them: the same bits for every linear."""
+    x = torch.randn(3, 1, 9, 4, generator=generator)
+    x[0, ..., 0], x[1, ..., 0] = x[0, ..., 0].abs(), -x[1, ..., 0].abs()  # the first run goes to `a` alone, the second to `b`
+    block = Experts()
+
+    def watched(runs):
+        watcher = BlockHessians("blocks.0", first_run=runs.start)
+        with watcher.watching(block), torch.no_grad():
+            for run in runs:
+                block(x[run])
+                watcher.end_run()
+        return watcher.collect()
+
+    whole = sources_of({range(0, 3): watched(range(0, 3))}, 1.0)
+    shared = sources_of({runs: watched(runs) for runs in (range(0, 1), range(1, 2), range(2, 3))}, 1.0)
+    assert set(whole) == set(shared) == {"a", "b", "all"}
+    for name, source in whole.items():
+        one, other = source.load(CPU), shared[name].load(CPU)
+        assert torch.equal(one.hessian, other.hessian) and one.num_tokens == other.num_tokens > 0
+    rows = x.reshape(-1, 4)
+    chosen = rows[rows[:, 0] > 0]
+    torch.testing.assert_close(shared["a"].load(CPU).hessian, chosen.T @ chosen / len(chosen))

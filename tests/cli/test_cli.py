@@ -151,7 +151,7 @@ def test_flag_wins_over_file_over_default(capsys, tiny_llama, text_file, tmp_pat
 
 
 def test_resume_through_the_command_line(capsys, tiny_llama, text_file, tmp_path, monkeypatch):
-    import vptq.pipeline.workers as workers
+    import vptq.pipeline.worker as workers
 
     real, calls = workers.quantize_batch, []
 

@@ -85,6 +85,7 @@ def test_shapes_of_other_types_equal_the_real_model(kind, tmp_path):
 
 def test_table_of_shapes_gives_the_published_sizes():
     billions = {"llama-2-7b": 6.738, "llama-2-13b": 13.016, "llama-2-70b": 68.977, "llama-3-8b": 8.030, "llama-3-70b": 70.554,
+                    "llama-3.1-405b": 405.853,
                 "mistral-7b": 7.242, "opt-125m": 0.1252, "opt-1.3b": 1.316, "opt-6.7b": 6.658, "qwen2.5-0.5b": 0.494,
                 "qwen2.5-7b": 7.616, "smollm2-135m": 0.1345}  # fmt: skip
     assert set(billions) == set(KNOWN_MODELS)

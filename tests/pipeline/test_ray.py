@@ -5,10 +5,8 @@ import contextlib
 import pytest
 
 from tests.pipeline.test_run import config_of, packed_bytes
-from tests.pipeline.test_same_bytes import PLAIN
-from vptq.config import QuantConfig
+from tests.pipeline.test_same_bytes import PLAIN, run
 from vptq.errors import UsageError
-from vptq.models.architecture import DEMO
 from vptq.pipeline.progress import Silent
 from vptq.pipeline.run import quantize_model
 
@@ -54,15 +52,13 @@ class RemoveNode(Silent):
     "cpus",
     [pytest.param((1, 1), id="no room for another"), pytest.param((2, 1), id="room for another", marks=pytest.mark.slow)],
 )
-def test_a_node_that_goes_away_costs_only_what_it_was_at(cpus, tmp_path, monkeypatch):
-    common = {"nsamples": 24, "seq_len": 512, "device": "cpu", "eval_nsamples": 1, "eval_dataset": str(DEMO / "evaluation.txt")}
-    whole = quantize_model(QuantConfig.from_flat(common | PLAIN | {"output_dir": str(tmp_path / "1")}))
+def test_a_node_that_goes_away_costs_only_what_it_was_at(cpus, demo_run, tmp_path, monkeypatch):
     with cluster_of(cpus, monkeypatch) as (cluster, node):
-        place = {"output_dir": str(tmp_path / "ray"), "executor": "ray", "ray_address": cluster.address, "num_gpus": 2}
+        place = {"executor": "ray", "ray_address": cluster.address}
         told = RemoveNode(cluster, node, 6)
-        found = quantize_model(QuantConfig.from_flat(common | PLAIN | place), progress=told)
+        found = run(tmp_path, 2, PLAIN | place, progress=told)
     assert told.node is None and any("was lost" in note for note in told.notes)
-    assert packed_bytes(found.folder) == packed_bytes(whole.folder)
+    assert packed_bytes(found.folder) == packed_bytes(demo_run.folder)
     assert (found.folder / "logs" / "1.log").exists() and not (found.folder / "scratch").exists()
 
 

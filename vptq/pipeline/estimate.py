@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from vptq.calibration.hessian import BlockSums
-from vptq.calibration.hessian_store import label_of
 from vptq.calibration.runs import MOST_RUNS, share_runs
 from vptq.checkpoint.writer import MAX_SHARD_BYTES
 from vptq.config import QuantConfig
@@ -27,7 +26,7 @@ from vptq.pipeline.cost import fisher_units, forward_units, hessian_units, linea
 from vptq.pipeline.plan import RunPlan, result_bytes
 from vptq.pipeline.rates import Rates
 from vptq.pipeline.schedule import BlockWalk, Watch
-from vptq.pipeline.stages import Passage, Quantizing, blocks_ahead
+from vptq.pipeline.stages import Passage, Quantizing, blocks_ahead, input_sizes, scratch_bytes, sums_bytes
 from vptq.pipeline.works import Calibrate, QuantizeLinears, Work
 
 FLOAT = 4
@@ -82,9 +81,7 @@ def estimate(
         seconds, worker_seconds = seconds + measuring / len(shares), worker_seconds + measuring
     results = plan.bits.file_bits // 8 if config.save_packed_model else 0
     total = seconds + rates.start_seconds + results / rates.disk_bytes
-    sums = _sums_bytes(plan, skeleton)
-    open_blocks = min(blocks_ahead(workers, calibration.sequential) + 1, len(skeleton.blocks))
-    in_flight = open_blocks * len(shares) * sums if workers > 1 else 0
+    sums = sums_bytes(plan)
     itemsize = skeleton.dtype.itemsize
     weights = sum(linear.bits.num_weights for linear in plan.linears) * itemsize
     handed_over = len(skeleton.blocks) * len(shares) * sums if workers > 1 else 0
@@ -105,7 +102,7 @@ def estimate(
         main_bytes=max(base + shard_bytes, worker_bytes if workers == 1 else 0),
         worker_bytes=worker_bytes,
         disk_bytes=result_bytes(config, plan, weights),
-        scratch_bytes=in_flight,
+        scratch_bytes=scratch_bytes(passage, workers),
         read_bytes=weights * (len(shares) + 1) + handed_over,
         written_bytes=handed_over + stored + results,
     )
@@ -159,7 +156,7 @@ def _answer(passage: Passage, work: Work) -> Any:
 
 def _gpu_bytes(plan: RunPlan, skeleton: Skeleton, block_bytes: int, states: int) -> int:
     """The larger of calibrating and quantizing, and what stays between the two; sums that wait go where there is room."""
-    sizes = _input_sizes(plan, skeleton)
+    sizes = input_sizes(plan)
     batch = BATCH_TOKENS * max(max(linear.info.out_features, linear.info.in_features) for linear in plan.linears)
     calibrating = block_bytes + sum(size**2 for size in sizes) * (DOUBLE + FLOAT) + 4 * batch * skeleton.dtype.itemsize
     quantizing = max(
@@ -168,19 +165,6 @@ def _gpu_bytes(plan: RunPlan, skeleton: Skeleton, block_bytes: int, states: int)
         if linear.bits.num_weights
     )
     return states + max(calibrating, quantizing)
-
-
-def _sums_bytes(plan: RunPlan, skeleton: Skeleton) -> int:
-    """Of one block, over one share, upper triangles."""
-    return sum(size * (size + 1) // 2 for size in _input_sizes(plan, skeleton)) * FLOAT
-
-
-def _input_sizes(plan: RunPlan, skeleton: Skeleton) -> list[int]:
-    """in_features of every distinct input of the largest block, as the linears' names tell: q, k and v share one."""
-    found: dict[str, int] = {}
-    for linear in plan.of_block(_blocks(plan)[0]):
-        found.setdefault(label_of(linear.info.suffix), linear.info.in_features)
-    return list(found.values())
 
 
 def _blocks(plan: RunPlan) -> Sequence[int]:

@@ -89,7 +89,8 @@ class _RayCrew:
         try:
             said, value = self.ray.get(answered)
         except self.ray.exceptions.RayError as error:
-            return [(number, DIED, f"worker {number} was lost ({type(error).__name__})")]
+            reason = (str(error).strip().splitlines() or [""])[-1][:200]
+            return [(number, DIED, f"worker {number} was lost ({type(error).__name__}: {reason})")]
         return [(number, said, value)] + ([] if said == STARTED else [(number, FREE, None)])
 
     def end(self) -> None:

@@ -42,7 +42,7 @@ from vptq.pipeline.progress import Progress, Silent
 from vptq.pipeline.results import Results
 from vptq.pipeline.schedule import BlockWalk, Watch
 from vptq.pipeline.settle import Context, run_notes, settle
-from vptq.pipeline.stages import Passage, Quantizing, blocks_ahead, shares_of
+from vptq.pipeline.stages import Passage, Quantizing, blocks_ahead, scratch_bytes, shares_of
 from vptq.pipeline.workers import Executor, Given, InProcess
 from vptq.pipeline.works import QuantizeLinears, Work
 from vptq.quantize.trial import settle_kernels
@@ -201,8 +201,16 @@ class _Run:
             if i.name not in self.kept
         }
         hessians = sum(4 * size**2 for _, _, size in fresh) if self.store is not None else 0
+        if self.tokens is not None:
+            hessians += scratch_bytes(self._passage(None), self.executor.count)
         already = folder_bytes(job.folder) if job is not None else 0
         check_disk(self.config, self.plan, self.source, already=already, hessians=hessians)
+
+    def _passage(self, means: Mapping[str, float] | None) -> Passage:
+        """How the calibration text goes through the blocks."""
+        tokens = 0 if self.tokens is None else self.tokens.tokens.numel()
+        sequential = self.config.calibration.sequential
+        return Passage(self.skeleton, self.plan, tokens, self.shares, self.last_forward_block, sequential, means)
 
     # -- the work -------------------------------------------------------------------------------------------------------
 
@@ -241,7 +249,7 @@ class _Run:
         self.progress.start(total, done)
 
     def _calibration_units(self, tokens: int) -> float:
-        passage = Passage(self.skeleton, self.plan, tokens, self.shares, self.last_forward_block)
+        passage = self._passage(None)
         new = {linear.info.block for linear in self.todo if linear.name not in self.kept}
         total = sum(passage.units(block, block in new) for block in range(passage.last + 1))
         if self.config.bits is not None and not (self.job.folder / ALLOCATION).exists():
@@ -266,10 +274,7 @@ class _Run:
 
     def _quantize(self) -> None:
         means = self._settle()
-        calibration = self.config.calibration
-        tokens = 0 if self.tokens is None else self.tokens.tokens.numel()
-        last, sequential = self.last_forward_block, calibration.sequential
-        passage = Passage(self.skeleton, self.plan, tokens, self.shares, last, sequential, means)
+        calibration, passage = self.config.calibration, self._passage(means)
         heads = {end.name: head for end in self.todo if (head := self._served_head(end))}
         quantizing = Quantizing(
             passage,
@@ -281,7 +286,7 @@ class _Run:
             self._provenance(),
             heads,
         )
-        ahead = blocks_ahead(self.executor.count, sequential)
+        ahead = blocks_ahead(self.executor.count, calibration.sequential)
         self.executor.run(BlockWalk(quantizing.stages(), ahead, calibration.drift_frac, self.watch, self._done))
 
     def _done(self, work: Work, answer: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vptq.calibration.hessian_store import HessianStore
+from vptq.calibration.hessian_store import HessianStore, label_of
 from vptq.calibration.runs import share_runs
 from vptq.data import TokenSequences
 from vptq.errors import UsageError
@@ -73,6 +73,27 @@ def blocks_ahead(num_workers: int, sequential: bool) -> int:
     if sequential or num_workers == 1:
         return 0
     return -(-num_workers // WORKERS_A_BLOCK)
+
+
+def scratch_bytes(passage: Passage, num_workers: int) -> int:
+    """Sums in files at once, at most."""
+    if num_workers == 1 or passage.last < 0:
+        return 0
+    blocks = min(blocks_ahead(num_workers, passage.sequential) + 1, passage.last + 1)
+    return blocks * len(passage.shares) * sums_bytes(passage.plan)
+
+
+def sums_bytes(plan: RunPlan) -> int:
+    """Of one block, over one share: upper triangles, float32."""
+    return sum(4 * size * (size + 1) // 2 for size in input_sizes(plan))
+
+
+def input_sizes(plan: RunPlan) -> list[int]:
+    """in_features of every distinct input of the first block, as the linears' names tell: q, k and v share one."""
+    found: dict[str, int] = {}
+    for linear in plan.of_block(plan.linears[0].info.block):
+        found.setdefault(label_of(linear.info.suffix), linear.info.in_features)
+    return list(found.values())
 
 
 def measuring_stages(passage: Passage) -> list[Stage]:
