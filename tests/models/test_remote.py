@@ -10,13 +10,14 @@ from vptq.errors import UsageError
 from vptq.models import lock, remote
 from vptq.models.files import save_json, whole_stream
 from vptq.models.lock import lock_folder
-from vptq.models.remote import fetch, fetch_all, local_folder, mirror_of, publish, reading, remove, shown
+from vptq.models.remote import fetch, fetch_all, local_folder, mirror_of, reading, remove, shown
 
 
 @pytest.fixture
 def url(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "here"))
     monkeypatch.setattr(remote, "_mirrors", {})
+    monkeypatch.setattr(lock, "SETTLES_IN", 0.0)
     (tmp_path / "there").mkdir()
     return f"local://{tmp_path}/there/out"
 
@@ -41,13 +42,18 @@ def test_what_is_written_is_there_and_what_is_there_is_read(url, there):
     assert not [name for name in os.listdir(there / "a") if name.endswith(".partial")]
 
 
-def test_a_folder_is_published_when_it_has_its_name(url, there):
+def test_a_folder_is_published_when_it_has_its_name(url, there, monkeypatch):
     folder = local_folder(url)
     save_json(folder / "model.partial" / "x.json", 1)
     assert not (there / "model.partial").exists()
+    save_json(folder / "model.partial" / "config.json", 1)
     os.replace(folder / "model.partial", folder / "model")
-    publish(folder / "model")
-    assert (there / "model" / "x.json").exists()
+    order = []
+    monkeypatch.setattr(remote, "publish", lambda path: order.append(path.name))
+    remote.publish_folder(folder / "model", "config.json")
+    assert order == ["x.json", "config.json"]
+    monkeypatch.undo()
+    remote.publish_folder(folder / "model", "config.json")
 
 
 def test_streams_pass_the_mirror(url, there):
@@ -87,6 +93,18 @@ def test_a_second_process_is_refused_until_the_first_is_dead(url, monkeypatch):
     lock_folder(elsewhere).release()
     monkeypatch.undo()
     held.release()
+
+
+def test_a_lock_that_somebody_took_over_is_known_as_lost(url, there, monkeypatch):
+    monkeypatch.setattr(lock, "RENEWED_EVERY", 0.1)
+    held = lock_folder(local_folder(url))
+    time.sleep(0.3)
+    assert not held.is_lost
+    (there / ".lock").write_text(json.dumps({"owner": "another", "time": time.time()}))
+    time.sleep(0.5)
+    assert held.is_lost
+    held.release()
+    assert (there / ".lock").exists(), "it is the other's"
 
 
 def test_the_lock_is_given_back(url, there):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vptq.errors import RunError, UsageError
+from vptq.pipeline import pool as pools
 from vptq.pipeline.pool import MOST_TRIES, LostWork, WorkerPool
 from vptq.pipeline.processes import ProcessCrew
 
@@ -39,6 +40,9 @@ class Listed:
 
     def take(self, worker, alive):
         return self.works.pop(0) if self.works else None
+
+    def retried(self, work, worker):
+        pass
 
     def done(self, work, answer):
         self.left -= 1
@@ -180,3 +184,53 @@ def test_closing_does_not_wait(pool):
     started = time.monotonic()
     pool.close()
     assert time.monotonic() - started < 10
+
+
+def start_but_for_one(number):
+    if number == 1:
+        os._exit(7)
+    return start(number)
+
+
+def start_late(number):
+    if number == 1:
+        time.sleep(60)
+    return start(number)
+
+
+def start_wrongly(number):
+    raise UsageError("not on this machine")
+
+
+@pytest.mark.parametrize("begin, told", [(start_but_for_one, "ended with code 7"), (start_late, "has not started")])
+def test_workers_that_never_come_are_done_without(begin, told, monkeypatch):
+    monkeypatch.setattr(pools, "PATIENCE", 2.0)
+    monkeypatch.setattr(pools, "LOOK_AGAIN", 0.5)
+    notes = []
+    pool = WorkerPool(2, ProcessCrew(warm), notes.append)
+    pool.crew.set_out(begin)
+    walk = TwoShares()
+    pool.run(walk)
+    pool.close()
+    assert walk.finished and any(told in note for note in notes)
+
+
+class TwoShares(Listed):
+    """One work for each worker, that another takes only if it is gone."""
+
+    def __init__(self):
+        super().__init__([("sum", 0, None), ("sum", 1, None)])
+
+    def take(self, worker, alive):
+        own = next((work for work in self.works if work[1] == worker or work[1] not in alive), None)
+        if own is not None:
+            self.works.remove(own)
+        return own
+
+
+def test_what_a_start_finds_wrong_is_said():
+    pool = WorkerPool(2, ProcessCrew(warm))
+    pool.crew.set_out(start_wrongly)
+    with pytest.raises(UsageError, match="not on this machine"):
+        run(pool, [("sum", 0, None)])
+    pool.close()

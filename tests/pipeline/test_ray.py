@@ -54,9 +54,10 @@ class RemoveNode(Silent):
 )
 def test_a_node_that_goes_away_costs_only_what_it_was_at(cpus, demo_run, tmp_path, monkeypatch):
     with cluster_of(cpus, monkeypatch) as (cluster, node):
+        monkeypatch.chdir(tmp_path)  # where actors are not
         place = {"executor": "ray", "ray_address": cluster.address}
         told = RemoveNode(cluster, node, 6)
-        found = run(tmp_path, 2, PLAIN | place, progress=told)
+        found = run("out", 2, PLAIN | place, progress=told)
     assert told.node is None and any("was lost" in note for note in told.notes)
     assert packed_bytes(found.folder) == packed_bytes(demo_run.folder)
     assert (found.folder / "logs" / "1.log").exists() and not (found.folder / "scratch").exists()

@@ -425,3 +425,38 @@ def test_a_run_behind_a_url(num_gpus, whole, tiny_llama, text_file, tmp_path):
     assert json.loads((there / "job.json").read_text())["finished"]
     logs = "".join(path.read_text() for path in (there / "logs").iterdir())
     assert logs.count("proxy error") == 14
+
+
+def test_a_url_is_given_back_whatever_is_refused(whole, tiny_llama, text_file, tmp_path):
+    stop = Stop(5)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(config_of(tiny_llama, text_file, f"local://{tmp_path}/there"), progress=stop)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="kiter: the run was started with 5, not 9"):
+            quantize_model(QuantConfig(), resume=stop.folder, given={"kiter": 9})
+    for _ in range(2):  # the second time it is finished already
+        assert packed_bytes(quantize_model(QuantConfig(), resume=stop.folder).folder) == packed_bytes(whole.folder)
+
+
+def test_a_checkpoint_half_of_which_is_behind_the_url_is_not_taken_for_whole(
+    whole, tiny_llama, text_file, tmp_path, monkeypatch
+):
+    from vptq.models import remote
+
+    real, seen = remote.publish, []
+
+    def publish(path, content=None):
+        seen.append(path)
+        if "packed_model" in path.parts and path.name == "tokenizer.json":
+            raise UsageError("the network is gone")
+        real(path, content)
+
+    told = Stop(-1)
+    monkeypatch.setattr(remote, "publish", publish)
+    with pytest.raises(UsageError, match="network is gone"):
+        quantize_model(config_of(tiny_llama, text_file, f"local://{tmp_path}/there"), progress=told)
+    monkeypatch.undo()
+    there = tmp_path / "there" / told.folder.removeprefix(f"local://{tmp_path}/there/")
+    assert (there / "packed_model" / "model.safetensors").exists() and not (there / "packed_model" / "config.json").exists()
+    quantize_model(QuantConfig(), resume=told.folder)
+    assert packed_bytes(there) == packed_bytes(whole.folder)

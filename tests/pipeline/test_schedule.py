@@ -111,6 +111,15 @@ def test_a_worker_that_came_back_takes_one_of_two_shares():
     assert name(found.take(1, ALL)) == "c2.1"
 
 
+def test_a_share_that_is_tried_again_stays_with_who_does_it():
+    found = walk(Told(), ahead=5)
+    lost, other = found.take(0, ALL), found.take(1, ALL)
+    finish(found, other)
+    found.retried(lost, 1)
+    finish(found, lost)
+    assert name(found.take(1, [1])) in ("c1.0", "c1.1") and name(found.take(1, [1])) in ("c1.0", "c1.1")
+
+
 def test_blocks_whose_hessians_are_kept_need_no_text():
     told = Told()
     found = walk(told, blocks=2, uncalibrated=(0, 1), ahead=0)

@@ -96,6 +96,14 @@ def sum_subtrees(subtrees: Iterable[Subtree]) -> InputSums | None:
     return tree.whole()
 
 
+def subtrees_of(runs: range) -> list[Subtree]:
+    """The subtrees that some runs make up, without sums."""
+    tree = TreeSum()
+    for run in runs:
+        tree.add(Subtree(0, run, None))
+    return tree.subtrees
+
+
 def split_runs(num_batches: int) -> list[range]:
     """The batches of each run: nearly equal numbers, at most MOST_RUNS runs."""
     runs = min(MOST_RUNS, num_batches)

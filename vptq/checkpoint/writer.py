@@ -14,9 +14,10 @@ from torch import Tensor
 from vptq.layer_config import LayerConfig, quantization_config
 from vptq.models.files import save_json, save_tensors, writing_to
 from vptq.models.headers import INDEX_NAME, SINGLE_NAME, read_config
-from vptq.models.remote import PARTIAL, publish
+from vptq.models.remote import PARTIAL, publish_folder
 from vptq.models.stream import FolderSource
 
+CONFIG_NAME = "config.json"  # a folder that has it is whole
 MAX_SHARD_BYTES = 1 << 30  # a shard is in main memory twice while it is written
 COPIED_PATTERNS = (
     "generation_config.json",
@@ -90,7 +91,7 @@ class CheckpointWriter:
         self._name_shards()
         shutil.rmtree(self.folder, ignore_errors=True)
         os.replace(self.partial, self.folder)
-        publish(self.folder)
+        publish_folder(self.folder, last=CONFIG_NAME)
 
     def _name_shards(self) -> None:
         count = len(self._shards)
@@ -104,6 +105,11 @@ class CheckpointWriter:
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         save_json(self.partial / INDEX_NAME, index)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a model folder is there that was written to its end."""
+    return (folder / CONFIG_NAME).exists()
 
 
 def write_packed(

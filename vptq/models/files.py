@@ -38,10 +38,10 @@ def whole_file(path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)  # another machine may have made it
         try:
             yield partial
+            publish(path, partial)  # first: what is here counts as done
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-        publish(path)
 
 
 @contextlib.contextmanager

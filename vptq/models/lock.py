@@ -18,6 +18,7 @@ from vptq.models.remote import Mirror, make_parent, mirror_of, shown
 
 LOCK = ".lock"
 RENEWED_EVERY = 20.0  # seconds
+SETTLES_IN = 1.0  # seconds until both of two that came together see who was last
 DEAD_AFTER = 90.0  # seconds without renewal
 
 
@@ -26,6 +27,11 @@ class FolderLock:
 
     def __init__(self, file: IO[str], lease: _Lease | None) -> None:
         self._file, self._lease = file, lease
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process has taken the folder over."""
+        return self._lease is not None and self._lease.is_lost
 
     def release(self) -> None:
         """Let others in."""
@@ -57,8 +63,10 @@ class _Lease:
             hint = f"it was at work {time.time() - held['time']:.0f} s ago, as {held['owner']}; if it was killed, wait "
             raise _taken(folder, hint + f"{DEAD_AFTER:.0f} s after that")
         self._renew()
-        if (self._held() or {}).get("owner") != self.owner:  # somebody else was there in the same moment
+        time.sleep(SETTLES_IN)
+        if not self._is_ours():  # somebody else was there in the same moment
             raise _taken(folder, "wait until it is done, or stop it, and resume then")
+        self.is_lost = False
         self._ended = threading.Event()
         self._renewer = threading.Thread(target=self._keep, daemon=True, name="lease")
         self._renewer.start()
@@ -68,12 +76,20 @@ class _Lease:
         self._ended.set()
         self._renewer.join()
         with contextlib.suppress(Exception):
-            self.filesystem.rm(self.url)
+            if self._is_ours():
+                self.filesystem.rm(self.url)
 
     def _keep(self) -> None:
         while not self._ended.wait(RENEWED_EVERY):
             with contextlib.suppress(Exception):  # a network that is gone for a moment
+                held = self._held()
+                if held is not None and held["owner"] != self.owner:
+                    self.is_lost = True
+                    return
                 self._renew()
+
+    def _is_ours(self) -> bool:
+        return (self._held() or {}).get("owner") == self.owner
 
     def _renew(self) -> None:
         self.filesystem.pipe_file(self.url, json.dumps({"owner": self.owner, "time": time.time()}).encode())

@@ -81,19 +81,32 @@ def shown(path: Path) -> str:
     return str(path) if mirror is None else mirror.url_of(path)
 
 
-def publish(path: Path) -> None:
-    """Bring a file or a folder of a mirror, now whole, to its URL; elsewhere nothing is to do."""
+def publish(path: Path, content: Path | None = None) -> None:
+    """Bring a file of a mirror to its URL, where it appears at once; elsewhere nothing is to do.
+
+    Args:
+        content: the file that has what belongs there, if that is not at its place yet.
+    """
     mirror = mirror_of(path)
     if mirror is None or any(part.endswith(PARTIAL) for part in path.relative_to(mirror.root).parts):
         return
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                publish(file)
-        return
-    with _asking(mirror.url_of(path), missing=True):
+    whole = mirror.url_of(path)
+    with _asking(whole, missing=True):
         make_parent(mirror, path)
-        mirror.filesystem.put_file(str(path), mirror.url_of(path))
+        if _is_object_store(mirror.filesystem):
+            mirror.filesystem.put_file(str(content or path), whole)
+        else:
+            part = f"{whole}.{os.getpid()}{PARTIAL}"
+            mirror.filesystem.put_file(str(content or path), part)
+            mirror.filesystem.mv(part, whole)
+
+
+def publish_folder(folder: Path, last: str) -> None:
+    """Bring a folder of a mirror to its URL. last: the file whose presence there says that all is there."""
+    if mirror_of(folder) is not None:
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+        for file in sorted(files, key=lambda file: file == folder / last):
+            publish(file)
 
 
 def fetch(path: Path) -> Path:
@@ -175,15 +188,15 @@ def writing(mirror: Mirror, path: Path) -> Iterator[BinaryIO]:
 
 def make_parent(mirror: Mirror, path: Path) -> None:
     """Make the folder behind the URL that a path will be in, where there are folders at all; writing tells why it can't be."""
-    if not OBJECT_STORES.isdisjoint(_protocols(mirror.filesystem)):
+    if _is_object_store(mirror.filesystem):
         return  # a folder there is nothing, and its first part a bucket that must not be made by mistake
     with contextlib.suppress(Exception):
         mirror.filesystem.makedirs(mirror.url_of(path.parent), exist_ok=True)
 
 
-def _protocols(filesystem: Any) -> set[str]:
+def _is_object_store(filesystem: Any) -> bool:
     found = filesystem.protocol
-    return {found} if isinstance(found, str) else set(found)
+    return not OBJECT_STORES.isdisjoint({found} if isinstance(found, str) else found)
 
 
 def _filesystem(url: str) -> Any:

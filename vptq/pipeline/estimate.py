@@ -70,7 +70,8 @@ def estimate(
     tokens = calibration.nsamples * plan.seq_len
     runs = max(1, min(MOST_RUNS, -(-tokens // BATCH_TOKENS)))
     shares = tuple(share for share in share_runs(runs, workers) if share)
-    passage = Passage(skeleton, plan, tokens, shares, len(skeleton.blocks) - 1, calibration.sequential)
+    weighted, last = calibration.hessian == "fisher", len(skeleton.blocks) - 1
+    passage = Passage(skeleton, plan, tokens, shares, last, calibration.sequential, weighted=weighted)
     seconds_of = _seconds_of(passage, rates)
     seconds, worker_seconds = _play(config, passage, seconds_of, workers)
     if calibration.hessian == "fisher":
@@ -81,14 +82,13 @@ def estimate(
         seconds, worker_seconds = seconds + measuring / len(shares), worker_seconds + measuring
     results = plan.bits.file_bits // 8 if config.save_packed_model else 0
     total = seconds + rates.start_seconds + results / rates.disk_bytes
-    sums = sums_bytes(plan)
     itemsize = skeleton.dtype.itemsize
     weights = sum(linear.bits.num_weights for linear in plan.linears) * itemsize
-    handed_over = len(skeleton.blocks) * len(shares) * sums if workers > 1 else 0
+    handed_over = len(skeleton.blocks) * sums_bytes(passage) if workers > 1 else 0
     stored = sum(linear.bits.stored for linear in plan.everything) // 8
     block_bytes = max(_block_weights(plan, block) for block in _blocks(plan)) * itemsize
     states = -(-tokens // len(shares)) * _hidden(skeleton) * itemsize * (2 if calibration.sequential else 1)
-    gpu_bytes = _gpu_bytes(plan, skeleton, block_bytes, states if keeps_on_gpu or rates.device == "cpu" else 0)
+    gpu_bytes = _gpu_bytes(passage, block_bytes, states if keeps_on_gpu or rates.device == "cpu" else 0)
     base = PROCESS_BYTES[rates.device]
     worker_bytes = base + BLOCKS_READ_AHEAD * block_bytes
     worker_bytes += gpu_bytes if rates.device == "cpu" else 0 if keeps_on_gpu else states
@@ -126,7 +126,8 @@ def _seconds_of(passage: Passage, rates: Rates) -> Callable[[Work], float]:
 def _play(config: QuantConfig, passage: Passage, seconds_of: Callable[[Work], float], workers: int) -> tuple[float, float]:
     """Seconds until all is done, and those of all workers at work."""
     nothing = Watch(lambda text: None, lambda units: None)
-    quantizing = Quantizing(passage, passage.plan.linears, torch.device("cpu"), Path())
+    todo = tuple(linear for linear in passage.plan.everything if not linear.layer.weight_of)
+    quantizing = Quantizing(passage, todo, torch.device("cpu"), Path())
     walk = BlockWalk(quantizing.stages(), blocks_ahead(workers, passage.sequential), 1.0, nothing, lambda work, answer: None)
     now, used, free = 0.0, 0.0, set(range(workers))
     under_way: list[tuple[float, int, int, Work]] = []
@@ -154,11 +155,14 @@ def _answer(passage: Passage, work: Work) -> Any:
     return BlockSums({suffix: [] for suffix in suffixes}, {suffix: suffix for suffix in suffixes})
 
 
-def _gpu_bytes(plan: RunPlan, skeleton: Skeleton, block_bytes: int, states: int) -> int:
+def _gpu_bytes(passage: Passage, block_bytes: int, states: int) -> int:
     """The larger of calibrating and quantizing, and what stays between the two; sums that wait go where there is room."""
-    sizes = input_sizes(plan)
+    plan, sizes = passage.plan, input_sizes(passage)
+    matrices = 2 if passage.sequential else 1
     batch = BATCH_TOKENS * max(max(linear.info.out_features, linear.info.in_features) for linear in plan.linears)
-    calibrating = block_bytes + sum(size**2 for size in sizes) * (DOUBLE + FLOAT) + 4 * batch * skeleton.dtype.itemsize
+    calibrating = (
+        block_bytes + matrices * sum(size**2 for size in sizes) * (DOUBLE + FLOAT) + 4 * batch * passage.skeleton.dtype.itemsize
+    )
     quantizing = max(
         linear.bits.num_weights * WEIGHT_COPIES + linear.info.in_features**2 * linear.layer.row_groups * METRIC_COPIES * FLOAT
         for linear in plan.everything

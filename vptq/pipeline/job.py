@@ -10,10 +10,12 @@ logs/0.log     one line a linear (one file a worker)
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vptq.config import QuantConfig
-from vptq.errors import CheckpointError, UsageError
+from vptq.errors import CheckpointError, RunError, UsageError
 from vptq.models.files import save_json, save_tensors, whole_file, writing_to
 from vptq.models.lock import LOCK, FolderLock, lock_folder
 from vptq.models.remote import exists, fetch, fetch_all, local_folder, mirror_of, publish, remove, shown
@@ -62,7 +64,10 @@ class Job:
             setting = f"{config.bits:g}bits"
         parent = local_folder(config.output_dir) / _model_folder_name(config.model_name) / setting
         with writing_to(parent):
-            folder = _fresh_folder(parent, time.strftime("%Y-%m-%d-%H-%M-%S"))
+            name = time.strftime("%Y-%m-%d-%H-%M-%S")
+            if mirror_of(parent) is not None:
+                name += f"-{uuid.uuid4().hex[:4]}"  # no other machine starts there in the same second
+            folder = _fresh_folder(parent, name)
         job = cls(folder, config, fingerprint, facts)
         with writing_to(folder):
             job.work.mkdir()
@@ -129,6 +134,11 @@ class Job:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    def check_lock(self) -> None:
+        """Raise RunError if another process has taken the run folder over while this one was cut off."""
+        if self._lock is not None and self._lock.is_lost:
+            raise RunError(f"another process has taken over `{self.shown}`", hint="that one goes on with the run")
 
     def save(self, finished: bool) -> None:
         state = {
@@ -232,9 +242,11 @@ class Job:
         path = self.logs / f"{worker}.log"
         with writing_to(self.logs):
             self.logs.mkdir(exist_ok=True)
+            fetch(path)  # another machine may have begun it
             with path.open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        publish(path)
+        with contextlib.suppress(UsageError):  # said when it matters
+            publish(path)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -5,6 +5,7 @@ What workers are is a crew's business: processes of this machine (`processes.py`
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,7 +17,9 @@ import torch
 from vptq.errors import RunError, VptqError
 
 MOST_TRIES = 3  # of one piece of work
-MOST_FAILED_STARTS = 3  # in a row, of workers that die before they can work
+MOST_FAILED_STARTS = 3  # in a row, of one worker that dies before it can work
+PATIENCE = 120.0  # seconds until others take over from one that has not started
+LOOK_AGAIN = 5.0  # seconds
 STARTED, PROGRESS, FREE, DONE, NO_MEMORY, FAILED, DIED = range(7)  # what a worker says, or what is found of it
 
 
@@ -37,6 +40,8 @@ class Works(Protocol):
 
     def take(self, worker: int, alive: Sequence[int]) -> Any: ...
 
+    def retried(self, work: Any, worker: int) -> None: ...
+
     def done(self, work: Any, answer: Any) -> None: ...
 
     def advanced(self, work: Any, part: float) -> None: ...
@@ -53,7 +58,7 @@ class Crew(Protocol):
         send: give a worker something to do. What it says is FREE once it can take another, and, in the order in which it was
             given them, DONE, NO_MEMORY or FAILED with a value for each; PROGRESS of the last one on the way. When it is found
             dead: DIED, with the reason.
-        listen: what workers said, (number, what, value) each; waits for something.
+        listen: what workers said, (number, what, value) each; waits for something, no longer than so many seconds if given.
         end: stop all, whatever they are at.
     """
 
@@ -61,7 +66,7 @@ class Crew(Protocol):
 
     def send(self, number: int, given: Try) -> None: ...
 
-    def listen(self) -> list[tuple[int, int, Any]]: ...
+    def listen(self, seconds: float | None) -> list[tuple[int, int, Any]]: ...
 
     def end(self) -> None: ...
 
@@ -83,18 +88,19 @@ class WorkerPool:
 
     def __init__(self, count: int, crew: Crew, note: Callable[[str], None] = lambda text: None) -> None:
         self.count, self.crew, self.note = count, crew, note
-        self._begun: set[int] = set()
+        self._begun: dict[int, float] = {}  # when a worker was first asked for
         self._started: set[int] = set()
         self._dead: set[int] = set()  # that are not back yet
+        self._late: set[int] = set()  # that never came, so far
         self._free: set[int] = set()
         self._given: dict[int, deque[Try]] = {number: deque() for number in range(count)}  # and not answered
-        self._failed_starts = 0
+        self._failed_starts = dict.fromkeys(range(count), 0)
 
     def begin(self) -> None:
         """Start all workers, without waiting for them."""
         for number in range(self.count):
             if number not in self._begun:
-                self._begun.add(number)
+                self._begun[number] = time.monotonic()
                 self.crew.begin(number)
 
     def run(self, works: Works) -> None:
@@ -110,7 +116,9 @@ class WorkerPool:
             self._hand_out(waiting, works)
             if self._is_idle():
                 raise LostWork(lost) if lost else RunError("no worker finds anything to do, though not all is done")
-            for number, said, value in self.crew.listen():
+            self._count_late()
+            waits = LOOK_AGAIN if self._coming() else None
+            for number, said, value in self.crew.listen(waits):
                 if said == STARTED:
                     self._welcome(number, value)
                 elif said == FREE:
@@ -122,37 +130,54 @@ class WorkerPool:
                 elif said == FAILED:
                     raise value
                 else:
-                    self._went_wrong(number, said, value, waiting, lost)
+                    self._went_wrong(number, said, str(value), waiting, lost)
         if lost:  # what others did not depend on
             raise LostWork(lost)
 
     def close(self) -> None:
         """End all workers, whatever they are at."""
         self.crew.end()
-        for numbers in (self._begun, self._started, self._dead, self._free):
+        self._begun.clear()
+        for numbers in (self._started, self._dead, self._late, self._free):
             numbers.clear()
         for given in self._given.values():
             given.clear()
 
     def _hand_out(self, waiting: deque[Try], works: Works) -> None:
-        alive = [number for number in range(self.count) if number not in self._dead]
+        alive = [number for number in range(self.count) if number not in self._dead | self._late]
         for number in sorted(self._free):
-            work = waiting.popleft() if waiting else works.take(number, alive)
-            if work is not None:
-                self._free.discard(number)
-                self._given[number].append(work if isinstance(work, Try) else Try(work))
-                self.crew.send(number, self._given[number][-1])
+            if waiting:
+                given = waiting.popleft()
+                works.retried(given.work, number)
+            else:
+                work = works.take(number, alive)
+                if work is None:
+                    continue
+                given = Try(work)
+            self._free.discard(number)
+            self._given[number].append(given)
+            self.crew.send(number, given)
+
+    def _coming(self) -> list[int]:
+        return [number for number in self._begun if number not in self._started | self._dead | self._late]
+
+    def _count_late(self) -> None:
+        for number in self._coming():
+            if self._started and time.monotonic() - self._begun[number] > PATIENCE:
+                self._late.add(number)
+                self.note(f"worker {number} has not started in {PATIENCE:.0f} s: others do its work until it does")
 
     def _is_idle(self) -> bool:
         """Whether all that live have answered, are free, and were given nothing, and nobody is still to come."""
         answered = not any(self._given.values())
-        return bool(answered and self._started == self._free and self._free) and self._started | self._dead == self._begun
+        return bool(answered and self._free and self._started == self._free and not self._coming())
 
     def _welcome(self, number: int, note: str | None) -> None:
         self._started.add(number)
         self._free.add(number)
         self._dead.discard(number)
-        self._failed_starts = 0
+        self._late.discard(number)
+        self._failed_starts[number] = 0
         if note:
             self.note(f"worker {number}: {note}")
 
@@ -160,19 +185,27 @@ class WorkerPool:
         """Memory ran out for the oldest that a worker was given, or it died with all that it was given."""
         self.note(f"worker {number}: {value}" if said == NO_MEMORY else value)
         given = self._given[number]
-        for failed in [given.popleft()] if said == NO_MEMORY else list(given):
+        for failed in [given.popleft()] if said == NO_MEMORY and given else list(given):
             again = failed.again(value, short_of_memory=said == NO_MEMORY)
             (lost if len(again.reasons) >= MOST_TRIES else waiting).append(again)
-        if said == DIED:
+        if said == DIED or number not in self._started:
             given.clear()
-            self._failed_starts += number not in self._started
-            self._started.discard(number)
-            self._free.discard(number)
-            self._dead.add(number)
-            if self._failed_starts >= MOST_FAILED_STARTS:
-                hint = "their own messages are above; or use --num_gpus 1"
-                raise RunError("worker processes don't start", where=[value], hint=hint)
+            self._bring_back(number, value)
+
+    def _bring_back(self, number: int, reason: str) -> None:
+        self._failed_starts[number] += number not in self._started
+        self._started.discard(number)
+        self._free.discard(number)
+        self._late.discard(number)
+        self._dead.add(number)
+        if self._failed_starts[number] < MOST_FAILED_STARTS:
             self.crew.begin(number)
+        elif all(tries >= MOST_FAILED_STARTS for tries in self._failed_starts.values()):
+            raise RunError(
+                "workers don't start", where=[reason], hint="what they said is above, or in Ray's logs; or --num_gpus 1"
+            )
+        else:
+            self.note(f"worker {number} has died {MOST_FAILED_STARTS} times before it could work: the others go on")
 
 
 def answer_of(make: Callable[[], Any]) -> tuple[int, Any]:

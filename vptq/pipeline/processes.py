@@ -77,10 +77,10 @@ class ProcessCrew:
         """Give it something to do."""
         self._send(number, given)
 
-    def listen(self) -> list[tuple[int, int, Any]]:
-        """What processes said, one thing each; waits for something."""
+    def listen(self, seconds: float | None) -> list[tuple[int, int, Any]]:
+        """What processes said, one thing each; waits for something, no longer than so many seconds if given."""
         by_pipe: dict[Any, int] = {worker.pipe: number for number, worker in self._processes.items()}
-        return [(by_pipe[pipe], *self._hear(by_pipe[pipe])) for pipe in wait(list(by_pipe))]
+        return [(by_pipe[pipe], *self._hear(by_pipe[pipe])) for pipe in wait(list(by_pipe), seconds)]
 
     def end(self) -> None:
         """End all, whatever they are at."""
@@ -135,16 +135,29 @@ def _serve(pipe: Connection, number: int, warm: Callable[[int], None], parent: i
     _die_with(parent)
     warm(number)
     voice = _Voice(pipe)
-    with contextlib.suppress(EOFError, OSError):
-        start: Start = pipe.recv()
-        do, note = start(number)
-        voice.say(STARTED, note)
-        while True:
-            given: Try = pipe.recv()
+    start: Start | None = _heard(pipe)
+    if start is None:
+        return
+    said, found = answer_of(functools.partial(start, number))
+    if said != DONE:
+        voice.say(said, found)
+        return
+    do, note = found
+    voice.say(STARTED, note)
+    with contextlib.suppress(OSError):
+        while (given := _heard(pipe)) is not None:
             voice.untold = 0.0
             said, ending = answer_of(functools.partial(do, given, voice.tell))
             voice.answer(said, ending)
             voice.say(FREE, None)
+
+
+def _heard(pipe: Connection) -> Any:
+    """What the parent sends; None when it is gone."""
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        return None
 
 
 class _Voice:

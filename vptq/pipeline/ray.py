@@ -82,9 +82,12 @@ class _RayCrew:
         """Give it something to do."""
         self._asked[self._actors[number].do.remote(given)] = number
 
-    def listen(self) -> list[tuple[int, int, Any]]:
-        """What actors said; waits for something."""
-        (answered, *_), _ = self.ray.wait(list(self._asked), num_returns=1)
+    def listen(self, seconds: float | None) -> list[tuple[int, int, Any]]:
+        """What actors said; waits for something, no longer than so many seconds if given."""
+        found, _ = self.ray.wait(list(self._asked), num_returns=1, timeout=seconds)
+        if not found:
+            return []
+        (answered,) = found
         number = self._asked.pop(answered)
         try:
             said, value = self.ray.get(answered)

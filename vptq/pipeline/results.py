@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vptq.checkpoint.reader import DequantizedSource, packed_tensors
-from vptq.checkpoint.writer import write_dequantized, write_packed
+from vptq.checkpoint.writer import is_whole, write_dequantized, write_packed
 from vptq.config import QuantConfig
 from vptq.models.architecture import Skeleton
 from vptq.models.prefetch import PrefetchingFolder
@@ -44,11 +44,11 @@ class Results:
         """The checkpoints that are asked for and not there yet."""
         parameters = [name for name, _ in self.skeleton.model.named_parameters()]
         packed, model = self.job.folder / "packed_model", self.job.folder / "model"
-        if config.save_packed_model and not packed.exists():
+        if config.save_packed_model and not is_whole(packed):
             progress.phase("writing packed_model")
             tensors = ((name, self.job.tensors(name)) for name in self.stored)
             write_packed(packed, self.original, parameters, self.layers, tensors)
-        if config.save_model and not model.exists():
+        if config.save_model and not is_whole(model):
             progress.phase("writing model")
             write_dequantized(model, self.original, parameters, list(self.layers), self._dequantized())
 

@@ -64,32 +64,36 @@ def quantize_model(
     Raises:
         UsageError: bad input, before any work. VptqError: a fault in the run, which can be resumed.
     """
-    job = None
-    if resume is not None:
-        job = Job.load(resume)
-        check_resume(job, given or {})
-        if job.finished:
-            return finished_result(job)
-        free = {name: value for name, value in (given or {}).items() if name in FREE_ON_RESUME}
-        config = QuantConfig.from_flat(job.config.to_flat() | free)
-    config.validate()
     with contextlib.ExitStack() as ending:
-        if job is not None:
+        job = None
+        if resume is not None:
+            job = Job.load(resume)
             ending.callback(job.unlock)
+            check_resume(job, given or {})
+            if job.finished:
+                return finished_result(job)
+            free = {name: value for name, value in (given or {}).items() if name in FREE_ON_RESUME}
+            config = QuantConfig.from_flat(job.config.to_flat() | free)
+        config.validate()
+        if job is not None:
             job.lock()
         device = resolve_device(config.device)
         executor = make_executor(config, device)
         ending.callback(executor.close)
-        run = _Run(config, job, progress or Silent(), device, executor)
-        ending.callback(run.job.unlock)
-        return run.execute()
+        return _Run(config, job, progress or Silent(), device, executor, ending).execute()
 
 
 class _Run:
     """One execution. Everything that can be refused is refused in `__init__`, before anything is written."""
 
     def __init__(
-        self, config: QuantConfig, job: Job | None, progress: Progress, device: torch.device, executor: Executor
+        self,
+        config: QuantConfig,
+        job: Job | None,
+        progress: Progress,
+        device: torch.device,
+        executor: Executor,
+        ending: contextlib.ExitStack,
     ) -> None:
         self.started = time.perf_counter()
         self.config, self.progress, self.device, self.executor = config, progress, device, executor
@@ -101,13 +105,14 @@ class _Run:
             raise UsageError(f"`{folder}` is quantized already", hint="give the original model")
         self.fold = choose_fold(config, self.skeleton)
         self.source = open_folder(folder, self.skeleton.source_prefix, self.fold, self.device)
+        ending.callback(self.source.close)
         self.dtype = forced_dtype(self.device) or self.skeleton.dtype
         self.plan: RunPlan = first_plan(config, self.skeleton, self.source, job, self.fold)
         self.fingerprint = fingerprint(self.source.entries)
         if job is not None and job.fingerprint != self.fingerprint:
             raise UsageError(f"`{folder}` is not the model that `{job.shown}` was started with", hint="start a new run")
         hessian_path = config.calibration.hessian_path
-        self.store = HessianStore(Path(hessian_path).expanduser(), self.fingerprint) if hessian_path else None
+        self.store = HessianStore(Path(hessian_path).expanduser().absolute(), self.fingerprint) if hessian_path else None
         self.kept = self._find_kept_hessians()
         self.figures = self._finished(job)
         self.todo = [
@@ -126,11 +131,12 @@ class _Run:
                 folder.mkdir(parents=True, exist_ok=True)
         if job is None:
             job = Job.create(config, self.fingerprint, self._facts())
+            ending.callback(job.unlock)
             job.lock()
         job.check_facts(self._facts())
         self.job = job
         tokens = None if self.tokens is None else self.tokens.tokens
-        self.executor.begin(Given(self.job, self.skeleton, self.source, tokens, self._note))
+        self.executor.begin(Given(self.job, self.skeleton, self.source, tokens, config.trust_remote_code, self._note))
 
     def _finished(self, job: Job | None) -> dict[str, dict[str, Any]]:
         """Linears that a stopped run left whole, and their figures."""
@@ -210,7 +216,8 @@ class _Run:
         """How the calibration text goes through the blocks."""
         tokens = 0 if self.tokens is None else self.tokens.tokens.numel()
         sequential = self.config.calibration.sequential
-        return Passage(self.skeleton, self.plan, tokens, self.shares, self.last_forward_block, sequential, means)
+        weighted = self.config.calibration.hessian == "fisher"
+        return Passage(self.skeleton, self.plan, tokens, self.shares, self.last_forward_block, sequential, means, weighted)
 
     # -- the work -------------------------------------------------------------------------------------------------------
 
@@ -290,6 +297,7 @@ class _Run:
         self.executor.run(BlockWalk(quantizing.stages(), ahead, calibration.drift_frac, self.watch, self._done))
 
     def _done(self, work: Work, answer: Any) -> None:
+        self.job.check_lock()
         if isinstance(work, QuantizeLinears):
             self.figures |= {figures["name"]: figures for figures in answer}
 

@@ -21,6 +21,9 @@ class Schedule(Protocol):
     def take(self, worker: int, alive: Sequence[int]) -> Work | None:
         """The next work for a worker that is free; None if it must wait, or all is handed out."""
 
+    def retried(self, work: Work, worker: int) -> None:
+        """A work that failed is given to another worker, or to the same again."""
+
     @property
     def following(self) -> Work | None:
         """What is likely to be taken next."""
@@ -75,6 +78,9 @@ class InOrder:
         if self.waiting:
             self.watch.phase(self.phase)
         return self.waiting.pop(0) if self.waiting else None
+
+    def retried(self, work: Work, worker: int) -> None:
+        """Whoever does it."""
 
     @property
     def following(self) -> Work | None:
@@ -158,6 +164,11 @@ class BlockWalk:
                     self._out.add(runs)
                     return self._handed_out(work)
         return self._handed_out(self._ready.pop(0)) if self._ready else None
+
+    def retried(self, work: Work, worker: int) -> None:
+        """Who carries a share now has its states."""
+        if isinstance(work, Calibrate):
+            self._owner[work.runs] = worker
 
     @property
     def following(self) -> Work | None:

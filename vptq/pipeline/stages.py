@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from vptq.calibration.hessian_store import HessianStore, label_of
-from vptq.calibration.runs import share_runs
+from vptq.calibration.runs import share_runs, subtrees_of
 from vptq.data import TokenSequences
 from vptq.errors import UsageError
 from vptq.models.architecture import Skeleton
@@ -43,6 +43,7 @@ class Passage:
     last: int
     sequential: bool = False
     means: Mapping[str, float] | None = None
+    weighted: bool = False  # whether there are, or will be, means
 
     def calibrate(self, block: int, wanted: bool) -> tuple[Calibrate, ...]:
         """The works for one block; none for one beyond the last."""
@@ -80,20 +81,26 @@ def scratch_bytes(passage: Passage, num_workers: int) -> int:
     if num_workers == 1 or passage.last < 0:
         return 0
     blocks = min(blocks_ahead(num_workers, passage.sequential) + 1, passage.last + 1)
-    return blocks * len(passage.shares) * sums_bytes(passage.plan)
+    return blocks * sums_bytes(passage)
 
 
-def sums_bytes(plan: RunPlan) -> int:
-    """Of one block, over one share: upper triangles, float32."""
-    return sum(4 * size * (size + 1) // 2 for size in input_sizes(plan))
+def sums_bytes(passage: Passage) -> int:
+    """Of one block, handed over by all shares, float32: upper triangles, and drifts whole."""
+    each = 3 if passage.sequential else 1
+    subtrees = sum(len(subtrees_of(share)) for share in passage.shares)
+    return subtrees * sum(4 * each * size * (size + 1) // 2 for size in input_sizes(passage))
 
 
-def input_sizes(plan: RunPlan) -> list[int]:
-    """in_features of every distinct input of the first block, as the linears' names tell: q, k and v share one."""
-    found: dict[str, int] = {}
-    for linear in plan.of_block(plan.linears[0].info.block):
-        found.setdefault(label_of(linear.info.suffix), linear.info.in_features)
-    return list(found.values())
+def input_sizes(passage: Passage) -> list[int]:
+    """in_features of every matrix summed for the first block.
+
+    As the linears' names tell, q, k and v share one; with weighted tokens each has its own, one for every group of rows.
+    """
+    plan = passage.plan
+    linears = plan.of_block(plan.linears[0].info.block)
+    if passage.weighted:
+        return [linear.info.in_features for linear in linears for _ in range(linear.layer.row_groups)]
+    return list({label_of(linear.info.suffix): linear.info.in_features for linear in linears}.values())
 
 
 def measuring_stages(passage: Passage) -> list[Stage]:
@@ -173,7 +180,8 @@ class Quantizing:
         calibrate: tuple[Calibrate, ...] = ()
         if head:
             number = len(self.passage.skeleton.blocks)
-            calibrate = tuple(Calibrate(number, runs, head=head) for runs in self.passage.shares)
+            sequential = self.passage.sequential
+            calibrate = tuple(Calibrate(number, runs, sequential=sequential, head=head) for runs in self.passage.shares)
 
         def works(fresh: Mapping[str, HessianSource]) -> list[tuple[Work, float]]:
             hessians = {

@@ -50,6 +50,7 @@ class Setup:
     model_folder: Path
     base_prefix: str
     fold: Fold | None
+    trust_remote_code: bool
     threads: int
 
 
@@ -85,7 +86,7 @@ class Worker:
         if setup.mirror is not None:
             know(setup.mirror)
         job = Job.at(setup.run_folder)
-        skeleton = load_skeleton(setup.model_folder, job.config.trust_remote_code, forced_dtype(device))
+        skeleton = load_skeleton(setup.model_folder, setup.trust_remote_code, forced_dtype(device))
         source = open_folder(setup.model_folder, setup.base_prefix, setup.fold, device)
         path = fetch(job.scratch / TOKENS)
         tokens = load_file(path)["tokens"] if path.exists() else None
@@ -195,6 +196,8 @@ class Worker:
 
     def _quantize(self, work: QuantizeLinears, tries: int, short_of_memory: int) -> list[Future[dict[str, Any]]]:
         """A batch at once; in a new try one by one, less what is on disk by then, and with smaller chunks at last."""
+        if short_of_memory:
+            self._forget()
         if not tries:
             return self._write(quantize_batch(list(work.batch), self.source, self._moments(work.hessians, work), self.device))
         found: list[Future[dict[str, Any]]] = []
@@ -212,7 +215,8 @@ class Worker:
         return [self.writer.submit(keep, linear, self.job, self.number) for linear in finished]
 
     def _measure(self, work: MeasureLinears) -> dict[str, float]:
-        moments = {id(source): source.load(self.device) for source in work.hessians.values()}
+        distinct = {id(source): source for source in work.hessians.values()}
+        moments = {key: source.load(self.device) for key, source in distinct.items()}
         found = {}
         for linear in work.linears:
             source = work.hessians.get(linear.info.suffix)
@@ -226,7 +230,8 @@ class Worker:
 
     def _moments(self, sources: Mapping[str, HessianSource], work: QuantizeLinears) -> dict[str, Moments]:
         suffixes = {task.plan.info.suffix for task in work.batch}
-        loaded = {id(sources[suffix]): sources[suffix].load(self.device) for suffix in suffixes}
+        distinct = {id(sources[suffix]): sources[suffix] for suffix in suffixes}
+        loaded = {key: source.load(self.device) for key, source in distinct.items()}
         return {suffix: loaded[id(sources[suffix])] for suffix in suffixes}
 
     def _keep_hessian(self, work: KeepHessian) -> None:

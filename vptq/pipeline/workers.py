@@ -53,6 +53,7 @@ class Given:
     skeleton: Skeleton
     source: PrefetchingFolder
     tokens: Tensor | None
+    trust_remote_code: bool
     note: Callable[[str], None]
 
     def hand_over(self) -> Setup:
@@ -61,9 +62,9 @@ class Given:
         if self.tokens is not None:
             save_tensors(self.job.scratch / TOKENS, {"tokens": self.tokens})
         fold = self.source.fold if isinstance(self.source, FoldedFolder) else None
-        folder = self.job.folder
-        model = self.source.folder, self.source.base_prefix
-        return Setup(folder, mirror_of(folder), *model, fold, torch.get_num_threads())
+        folder = self.job.folder.absolute()  # others may work in another folder
+        model, threads = self.source.folder.absolute(), torch.get_num_threads()
+        return Setup(folder, mirror_of(folder), model, self.source.base_prefix, fold, self.trust_remote_code, threads)
 
 
 class InProcess:
