@@ -60,7 +60,7 @@ class Notes(Silent):
         self.notes.append(text)
 
 
-@pytest.mark.parametrize("number", numbered(2))
+@pytest.mark.parametrize("number", numbered(1))
 def test_a_killed_worker_costs_only_what_it_was_at(moment, timed_run, tiny_llama, tmp_path):
     folder, seconds = timed_run
 
@@ -164,8 +164,15 @@ def start_to_fail(kind, *given):
     return workers._start_process(*given)
 
 
-@pytest.mark.parametrize("kind, message", [("full", "the disk is full"), ("read-only", "can't be written")])
-@pytest.mark.parametrize("num_gpus", [1, 2])
+@pytest.mark.parametrize(
+    "num_gpus, kind, message",
+    [
+        (1, "full", "the disk is full"),
+        (1, "read-only", "can't be written"),
+        (2, "full", "the disk is full"),
+        pytest.param(2, "read-only", "can't be written", marks=pytest.mark.slow),
+    ],
+)
 def test_a_disk_that_takes_no_more_is_told_and_nothing_is_lost(
     num_gpus, kind, message, timed_run, tiny_llama, tmp_path, monkeypatch
 ):

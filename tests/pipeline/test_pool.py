@@ -210,8 +210,10 @@ def test_workers_that_never_come_are_done_without(begin, told, monkeypatch):
     pool = WorkerPool(2, ProcessCrew(warm), notes.append)
     pool.crew.set_out(begin)
     walk = TwoShares()
+    started = time.monotonic()
     pool.run(walk)
     pool.close()
+    assert time.monotonic() - started < 20
     assert walk.finished and any(told in note for note in notes)
 
 

@@ -116,7 +116,8 @@ class WorkerPool:
             self._hand_out(waiting, works)
             if self._is_idle():
                 raise LostWork(lost) if lost else RunError("no worker finds anything to do, though not all is done")
-            self._count_late()
+            if self._count_late():
+                continue  # what was kept for them can be handed out
             waits = LOOK_AGAIN if self._coming() else None
             for number, said, value in self.crew.listen(waits):
                 if said == STARTED:
@@ -161,11 +162,13 @@ class WorkerPool:
     def _coming(self) -> list[int]:
         return [number for number in self._begun if number not in self._started | self._dead | self._late]
 
-    def _count_late(self) -> None:
-        for number in self._coming():
-            if self._started and time.monotonic() - self._begun[number] > PATIENCE:
-                self._late.add(number)
-                self.note(f"worker {number} has not started in {PATIENCE:.0f} s: others do its work until it does")
+    def _count_late(self) -> bool:
+        """Whether more of those that were waited for are given up for now."""
+        late = [n for n in self._coming() if self._started and time.monotonic() - self._begun[n] > PATIENCE]
+        for number in late:
+            self._late.add(number)
+            self.note(f"worker {number} has not started in {PATIENCE:.0f} s: others do its work until it does")
+        return bool(late)
 
     def _is_idle(self) -> bool:
         """Whether all that live have answered, are free, and were given nothing, and nobody is still to come."""
