@@ -105,3 +105,12 @@ def test_files_that_hold_no_rates_are_named(tmp_path):
     (tmp_path / "rates.json").write_text('{"speed": 3}')
     with pytest.raises(UsageError, match=r"rates\.json` holds no rates"):
         Rates.load(tmp_path / "rates.json")
+
+
+def test_workers_on_the_cores_of_one_machine_share_them(tiny_llama, text_file, tmp_path):
+    rates = dataclasses.replace(
+        H200, device="cpu", linear_units=50.0, forward_units=100.0, hessian_units=100.0, start_seconds=0
+    )
+    config = config_of(tiny_llama, text_file, tmp_path, kiter=100)
+    one, two = forecast(config, workers=(1, 2), rates=rates).estimates
+    assert two.seconds > 0.95 * one.seconds

@@ -1,6 +1,7 @@
 """A run on a Ray cluster of two nodes, one of which goes away."""
 
 import contextlib
+import time
 
 import pytest
 
@@ -74,3 +75,10 @@ def test_without_ray_it_says_what_to_install(tiny_llama, text_file, tmp_path, mo
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(UsageError, match=r"pip install 'vptq\[ray\]'"):
         quantize_model(config_of(tiny_llama, text_file, tmp_path / "out", executor="ray"))
+
+
+def test_a_cluster_that_does_not_answer_is_said_at_once(tiny_llama, text_file, tmp_path):
+    started = time.monotonic()
+    with pytest.raises(UsageError, match=r"no Ray cluster at `127\.0\.0\.1:1`"):
+        quantize_model(config_of(tiny_llama, text_file, tmp_path / "out", executor="ray", ray_address="127.0.0.1:1"))
+    assert time.monotonic() - started < 15

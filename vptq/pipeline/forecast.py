@@ -105,7 +105,9 @@ def forecast(
             if rates is not None:
                 at = rates
                 keeps = _keeps_on_gpu(device, known, skeleton, config)
-                estimates = tuple(estimate(config, skeleton, known, at, count, keeps(count)) for count in counts)
+                shared = at.device == "cpu" and config.executor == "local"
+                own = {count: at.shared_by(count) if shared else at for count in counts}
+                estimates = tuple(estimate(config, skeleton, known, own[count], count, keeps(count)) for count in counts)
             if not workers and estimates:
                 faults.attempt(
                     lambda: refuse_full_disk(config.output_dir, estimates[0].disk_bytes + estimates[0].scratch_bytes)

@@ -54,6 +54,11 @@ class Rates:
     disk_bytes: float
     start_seconds: float
 
+    def shared_by(self, workers: int) -> Rates:
+        """Of each of several workers on the cores of one machine."""
+        own = {name: getattr(self, name) / workers for name in ("linear_units", "forward_units", "hessian_units")}
+        return replace(self, **own, linear_seconds=self.linear_seconds * workers)
+
     def save(self, path: Path) -> None:
         """For `--rates` of another plan."""
         save_json(path, dataclasses.asdict(self))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from vptq.pipeline.worker import Setup
 from vptq.pipeline.workers import Given, run_pool, start_worker
 
 RESTARTS_WITHOUT_END = -1
+SECONDS_TO_CONNECT = 10.0
 
 
 class RayCluster:
@@ -135,16 +138,31 @@ def _connect(address: str | None) -> Any:
         import ray
     except ImportError:
         raise UsageError("--executor ray needs Ray", hint="pip install 'vptq[ray]', on every machine of the cluster") from None
+    _see_that_it_listens(address)
     own: dict[str, Any] = {} if address else {"include_dashboard": False}
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UsageError(
-            f"there is no Ray cluster at `{address or 'RAY_ADDRESS'}`",
-            where=str(error).strip().splitlines()[:2],
-            hint="start it with `ray start --head`, and give its address with --ray_address, or `auto` on one of its machines",
-        ) from error
+        raise _no_cluster(address or "RAY_ADDRESS", error) from error
     return ray
+
+
+def _see_that_it_listens(address: str | None) -> None:
+    """Ray itself tries for many minutes."""
+    host, _, port = (address or os.environ.get("RAY_ADDRESS", "")).removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), SECONDS_TO_CONNECT).close()
+        except OSError as error:
+            raise _no_cluster(f"{host}:{port}", error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> UsageError:
+    return UsageError(
+        f"there is no Ray cluster at `{address}`",
+        where=str(error).strip().splitlines()[:2],
+        hint="start it with `ray start --head`, and give its address with --ray_address, or `auto` on one of its machines",
+    )
 
 
 def _check_size(resources: dict[str, float], count: int, device: torch.device) -> None:
