@@ -14,7 +14,7 @@ from vptq.pipeline.pool import MOST_TRIES, LostWork, WorkerPool
 from vptq.pipeline.processes import ProcessCrew
 
 
-def start(number):
+def start(number, setup):
     os.environ["WORKER"] = str(number)
     return do, None
 
@@ -27,7 +27,7 @@ def warm_and_die(number):
     os._exit(7)
 
 
-def start_and_die(number):
+def start_and_die(number, setup):
     os._exit(7)
 
 
@@ -103,8 +103,8 @@ def end_later(what, answer, marker):
 @pytest.fixture
 def pool():
     notes = []
-    found = WorkerPool(2, ProcessCrew(warm), notes.append)
-    found.crew.set_out(start)
+    found = WorkerPool(2, ProcessCrew(warm, start), notes.append)
+    found.crew.set_out("setup")
     found.notes = notes
     yield found
     found.close()
@@ -138,8 +138,8 @@ def test_parts_are_told_on_the_way(pool):
 
 
 def test_files_are_written_while_the_next_work_is_done(tmp_path):
-    pool = WorkerPool(1, ProcessCrew(warm))
-    pool.crew.set_out(start)
+    pool = WorkerPool(1, ProcessCrew(warm, start))
+    pool.crew.set_out("setup")
     run(pool, [("sum", 0, None)])
     started = time.monotonic()
     found = run(pool, [("write", 1, None), ("parts", 2, None), ("sum", 3, None)])
@@ -170,9 +170,9 @@ def test_faults_are_raised_here(pool, what, kind, text):
 
 @pytest.mark.parametrize("first, then", [(warm_and_die, start), (warm, start_and_die)])
 def test_workers_that_never_start_end_the_run(first, then):
-    pool = WorkerPool(2, ProcessCrew(first))
+    pool = WorkerPool(2, ProcessCrew(first, then))
     pool.begin()
-    pool.crew.set_out(then)
+    pool.crew.set_out("setup")
     with pytest.raises(RunError, match=r"don't start(.|\n)*ended with code 7"):
         run(pool, [("sum", 0, None)])
     pool.close()
@@ -186,19 +186,19 @@ def test_closing_does_not_wait(pool):
     assert time.monotonic() - started < 10
 
 
-def start_but_for_one(number):
+def start_but_for_one(number, setup):
     if number == 1:
         os._exit(7)
-    return start(number)
+    return start(number, setup)
 
 
-def start_late(number):
+def start_late(number, setup):
     if number == 1:
         time.sleep(60)
-    return start(number)
+    return start(number, setup)
 
 
-def start_wrongly(number):
+def start_wrongly(number, setup):
     raise UsageError("not on this machine")
 
 
@@ -207,8 +207,8 @@ def test_workers_that_never_come_are_done_without(begin, told, monkeypatch):
     monkeypatch.setattr(pools, "PATIENCE", 2.0)
     monkeypatch.setattr(pools, "LOOK_AGAIN", 0.5)
     notes = []
-    pool = WorkerPool(2, ProcessCrew(warm), notes.append)
-    pool.crew.set_out(begin)
+    pool = WorkerPool(2, ProcessCrew(warm, begin), notes.append)
+    pool.crew.set_out("setup")
     walk = TwoShares()
     started = time.monotonic()
     pool.run(walk)
@@ -231,8 +231,8 @@ class TwoShares(Listed):
 
 
 def test_what_a_start_finds_wrong_is_said():
-    pool = WorkerPool(2, ProcessCrew(warm))
-    pool.crew.set_out(start_wrongly)
+    pool = WorkerPool(2, ProcessCrew(warm, start_wrongly))
+    pool.crew.set_out("setup")
     with pytest.raises(UsageError, match="not on this machine"):
         run(pool, [("sum", 0, None)])
     pool.close()

@@ -62,7 +62,7 @@ def token_weights(
 
 def batches_at_once(runner: BlockRunner, batches: list[Tensor]) -> int:
     """How many batches, (sequences, seq_len) each, have the inputs of all their blocks kept together."""
-    size = getattr(runner.model.config, "hidden_size", 4096) * runner.dtype.itemsize
+    size = runner.skeleton.hidden_size * runner.dtype.itemsize
     each = max(tokens.numel() for tokens in batches) * size * (len(runner.skeleton.blocks) + 2)
     room = KEPT_BYTES
     if runner.device.type == "cuda":

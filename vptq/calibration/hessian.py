@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vptq.calibration.runs import InputSums, Subtree, TreeSum
+from vptq.calibration.runs import InputSums, Subtree, TreeSum, subtrees_of
 from vptq.errors import NumericalError
 
 CHUNK_TOKENS = 1024  # tensor cores add up to here; longer sums lose what float32 would keep
@@ -228,9 +228,7 @@ class BlockHessians:
         run = self._runs.stop
         for leader, accumulator in self._accumulators.items():
             if leader not in self._trees:
-                self._trees[leader] = TreeSum()
-                for before in self._runs:
-                    self._trees[leader].add(Subtree(0, before, None))
+                self._trees[leader] = TreeSum(subtrees_of(self._runs))
             self._trees[leader].add(Subtree(0, run, accumulator.take() if accumulator.num_tokens else None))
             self._trees[leader].make_room()
         self._runs = range(self._runs.start, run + 1)

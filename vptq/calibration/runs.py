@@ -60,10 +60,10 @@ class Subtree:
 
 
 class TreeSum:
-    """Adds runs that come in order; siblings are joined at once, so that few sums wait."""
+    """Adds runs that come in order; siblings are joined at once, so that few sums wait. subtrees: of the runs before."""
 
-    def __init__(self) -> None:
-        self.subtrees: list[Subtree] = []
+    def __init__(self, subtrees: Iterable[Subtree] = ()) -> None:
+        self.subtrees = list(subtrees)
 
     def add(self, subtree: Subtree) -> None:
         """The next runs: a leaf, or a subtree that another worker has summed."""

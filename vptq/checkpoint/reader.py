@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vptq.checkpoint.names import check_tensors
+from vptq.errors import UsageError
 from vptq.layer_config import LayerConfig, read_quantization_config
 from vptq.models.architecture import Skeleton, check_weights, load_skeleton, resolve_folder, tied_names
 from vptq.models.device import forced_dtype, resolve_device
@@ -35,6 +36,12 @@ def is_packed(folder: Path) -> bool:
     """Whether a model folder is a packed VPTQ checkpoint."""
     entry = read_config(folder).get("quantization_config")
     return isinstance(entry, dict) and entry.get("quant_method") == "vptq"
+
+
+def refuse_packed(folder: Path) -> None:
+    """Raise UsageError for a packed checkpoint."""
+    if is_packed(folder):
+        raise UsageError(f"`{folder}` is quantized already", hint="give the original model")
 
 
 def read_layers(folder: Path) -> dict[str, LayerConfig]:

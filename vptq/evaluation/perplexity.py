@@ -130,7 +130,7 @@ def token_batches(tokens: Tensor) -> list[Tensor]:
 
 def _groups(runner: BlockRunner, windows: Tensor) -> list[list[Tensor]]:
     """Windows whose hidden states fit GROUP_BYTES together; each group goes through all blocks before the next."""
-    size = getattr(runner.model.config, "hidden_size", 4096)
+    size = runner.skeleton.hidden_size
     batches = token_batches(windows)
     each = max(1, GROUP_BYTES // (batches[0].numel() * size * runner.dtype.itemsize))
     return [batches[i : i + each] for i in range(0, len(batches), each)]

@@ -52,6 +52,11 @@ class Skeleton:
         assert isinstance(found, nn.ModuleList)
         return found
 
+    @property
+    def hidden_size(self) -> int:
+        """Of the hidden states; a usual size where the configuration does not say."""
+        return int(getattr(self.model.config.get_text_config(), "hidden_size", 4096))
+
     def block_name(self, block: int) -> str:
         return f"{self.blocks_name}.{block}"
 

@@ -29,6 +29,14 @@ def save_json(path: Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def standing_folder(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """The path to write at; what is there when the block ends well appears under `path`, at once, and behind its URL."""

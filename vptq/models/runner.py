@@ -237,7 +237,7 @@ class BlockRunner:
         """Hidden states stay on the GPU if they take little of it, else in main memory."""
         if self.device.type != "cuda":
             return self.device
-        size = getattr(self.model.config, "hidden_size", 4096)
+        size = self.skeleton.hidden_size
         needed = sum(t.numel() for t in token_batches) * size * self.dtype.itemsize
         free, _ = torch.cuda.mem_get_info(self.device)
         stays = not self.spare and needed < free * KEEP_ON_GPU_FRACTION

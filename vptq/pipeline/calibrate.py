@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class CalibrationText:
         self.batches = token_batches(tokens)
         self.runs = split_runs(len(self.batches))
 
-    def of_runs(self, runs: range) -> list[Tensor]:
+    def of_runs(self, runs: Iterable[int]) -> list[Tensor]:
         """The batches of some runs."""
         return [self.batches[batch] for run in runs for batch in self.runs[run]]
 

@@ -87,7 +87,7 @@ def estimate(
     handed_over = len(skeleton.blocks) * sums_bytes(passage) if workers > 1 else 0
     stored = sum(linear.bits.stored for linear in plan.everything) // 8
     block_bytes = max(_block_weights(plan, block) for block in _blocks(plan)) * itemsize
-    states = -(-tokens // len(shares)) * _hidden(skeleton) * itemsize * (2 if calibration.sequential else 1)
+    states = -(-tokens // len(shares)) * skeleton.hidden_size * itemsize * (2 if calibration.sequential else 1)
     gpu_bytes = _gpu_bytes(passage, block_bytes, states if keeps_on_gpu or rates.device == "cpu" else 0)
     base = PROCESS_BYTES[rates.device]
     worker_bytes = base + BLOCKS_READ_AHEAD * block_bytes
@@ -177,7 +177,3 @@ def _blocks(plan: RunPlan) -> Sequence[int]:
 
 def _block_weights(plan: RunPlan, block: int) -> int:
     return sum(linear.bits.num_weights for linear in plan.of_block(block))
-
-
-def _hidden(skeleton: Skeleton) -> int:
-    return int(getattr(skeleton.model.config, "hidden_size", 4096))

@@ -6,7 +6,7 @@ import torch
 
 from vptq.config import QuantConfig
 from vptq.errors import UsageError
-from vptq.pipeline.workers import Executor, InProcess, Processes
+from vptq.pipeline.workers import Executor, InProcess, start_processes
 
 
 def make_executor(config: QuantConfig, device: torch.device) -> Executor:
@@ -18,10 +18,15 @@ def make_executor(config: QuantConfig, device: torch.device) -> Executor:
     if device.type != "cuda":
         torch.set_num_threads(torch.get_num_threads())  # else MKL takes fewer where it sees fit, and sums differ
     if config.executor == "ray":
-        from vptq.pipeline.ray import RayCluster
+        from vptq.pipeline.ray import start_actors
 
-        return RayCluster(config.num_gpus, config.ray_address, config.device)
-    available = torch.cuda.device_count() if device.type == "cuda" else config.num_gpus
-    if config.num_gpus > available:
-        raise UsageError(f"num_gpus is {config.num_gpus}, there are {available} GPUs", hint=f"set --num_gpus {available}")
-    return InProcess(device) if config.num_gpus == 1 else Processes(device, config.num_gpus)
+        return start_actors(config.num_gpus, config.ray_address, config.device)
+    check_gpus(config.num_gpus, device)
+    return InProcess(device) if config.num_gpus == 1 else start_processes(device, config.num_gpus)
+
+
+def check_gpus(count: int, device: torch.device) -> None:
+    """Raise UsageError where this machine has fewer GPUs; CPUs do the work of any number."""
+    available = torch.cuda.device_count() if device.type == "cuda" else count
+    if count > available:
+        raise UsageError(f"num_gpus is {count}, there are {available} GPUs", hint=f"set --num_gpus {available}")

@@ -15,23 +15,25 @@ from typing import TypeVar
 import torch
 
 from vptq.calibration.hessian_store import HessianStore
-from vptq.checkpoint.reader import is_packed
+from vptq.checkpoint.reader import is_packed, refuse_packed
 from vptq.config import QuantConfig
 from vptq.data import check_dataset, load_tokenizer
 from vptq.errors import UsageError, VptqError
 from vptq.models.architecture import Skeleton, check_weights, load_skeleton, resolve_folder
 from vptq.models.device import forced_dtype, resolve_device
+from vptq.models.files import standing_folder
 from vptq.models.headers import fingerprint
 from vptq.models.remote import local_folder
+from vptq.models.runner import KEEP_ON_GPU_FRACTION
 from vptq.models.shapes import KNOWN_MODELS, config_folder
 from vptq.models.stream import FolderSource
 from vptq.pipeline.allocation import nearest_rung
 from vptq.pipeline.estimate import Estimate, estimate
+from vptq.pipeline.executors import check_gpus
 from vptq.pipeline.fold import choose_fold
 from vptq.pipeline.plan import RunPlan, make_plan, refuse_full_disk
 from vptq.pipeline.rates import Rates, measure_rates
 
-KEEPS_FRACTION = 0.25  # of a GPU's memory, for hidden states: see `models.runner`
 Found = TypeVar("Found")
 
 
@@ -118,9 +120,8 @@ def forecast(
 def _device(config: QuantConfig, given: bool) -> torch.device:
     """Where it would be done. given: whether the plan is for another machine than this one."""
     device = resolve_device(config.device)
-    there = torch.cuda.device_count() if device.type == "cuda" else config.num_gpus
-    if not given and config.executor == "local" and config.num_gpus > there:
-        raise UsageError(f"num_gpus is {config.num_gpus}, there are {there} GPUs", hint=f"set --num_gpus {there}")
+    if not given and config.executor == "local":
+        check_gpus(config.num_gpus, device)
     return device
 
 
@@ -148,7 +149,7 @@ def _weights(config: QuantConfig, skeleton: Skeleton, faults: _Faults, needed: b
     if source is None:
         return None
     if is_packed(skeleton.folder):
-        faults.attempt(lambda: _refuse_packed(skeleton))
+        faults.attempt(lambda: refuse_packed(skeleton.folder))
         return None
     faults.attempt(lambda: load_tokenizer(skeleton.folder, config.trust_remote_code))
     faults.attempt(lambda: choose_fold(config, skeleton))
@@ -164,10 +165,6 @@ def _checked(skeleton: Skeleton, source: FolderSource) -> FolderSource:
     return source
 
 
-def _refuse_packed(skeleton: Skeleton) -> None:
-    raise UsageError(f"`{skeleton.folder}` is quantized already", hint="give the original model")
-
-
 def _plan(config: QuantConfig, skeleton: Skeleton, source: FolderSource | None) -> RunPlan:
     if config.bits is not None:
         config = replace(config, linear=nearest_rung(config.linear, config.bits))
@@ -181,9 +178,7 @@ def _check_texts(config: QuantConfig, faults: _Faults) -> None:
 
 
 def _check_output(config: QuantConfig) -> None:
-    folder = local_folder(config.output_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = standing_folder(local_folder(config.output_dir))
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UsageError(f"`{config.output_dir}` can't be written", where=[str(folder)], hint="give another --output_dir")
 
@@ -193,11 +188,11 @@ def _measured(config: QuantConfig, skeleton: Skeleton, plan: RunPlan, device: to
     typical = max(plan.linears, key=lambda linear: linear.bits.num_weights)
     dtype = forced_dtype(device) or skeleton.dtype
     hidden = min(linear.info.in_features for linear in plan.linears)
-    return measure_rates(typical, hidden, device, dtype, local_folder(config.output_dir).absolute(), start_seconds)
+    return measure_rates(typical, hidden, device, dtype, local_folder(config.output_dir), start_seconds)
 
 
 def _keeps_on_gpu(device: torch.device | None, plan: RunPlan, skeleton: Skeleton, config: QuantConfig) -> Callable[[int], bool]:
     """Whether a worker's hidden states have room on a GPU like this machine's, by number of workers."""
     memory = torch.cuda.mem_get_info(device)[1] if device is not None and device.type == "cuda" else 80 << 30
-    size = int(getattr(skeleton.model.config, "hidden_size", 4096)) * skeleton.dtype.itemsize
-    return lambda workers: config.calibration.nsamples * plan.seq_len * size / workers < KEEPS_FRACTION * memory
+    size = skeleton.hidden_size * skeleton.dtype.itemsize
+    return lambda workers: config.calibration.nsamples * plan.seq_len * size / workers < KEEP_ON_GPU_FRACTION * memory

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vptq.calibration.hessian import BlockSums
 from vptq.calibration.hessian_store import HessianStore
-from vptq.calibration.runs import InputSums, Subtree, mean_of, sum_subtrees
+from vptq.calibration.runs import InputSums, Subtree, mean_of, subtrees_of, sum_subtrees
 from vptq.errors import RunError
 from vptq.models.files import whole_stream
 from vptq.models.remote import reading
@@ -158,7 +158,7 @@ def files_of(sources: Mapping[str, HessianSource]) -> list[Path]:
 
 
 def _subtrees_of(leader: str | None, runs: range, sums: BlockSums) -> list[Subtree]:
-    return [Subtree(0, run, None) for run in runs] if leader is None else sums.subtrees[leader]
+    return subtrees_of(runs) if leader is None else sums.subtrees[leader]
 
 
 def _loaded(sums: InputSums | StoredSums | None, device: torch.device, changes: bool) -> InputSums | None:

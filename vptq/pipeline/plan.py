@@ -13,6 +13,7 @@ from vptq.errors import UsageError
 from vptq.geometry import geometry_warnings, plan_geometry
 from vptq.layer_config import LayerConfig
 from vptq.models.architecture import DEMO, LinearInfo, Skeleton, check_weights, tied_names
+from vptq.models.files import standing_folder
 from vptq.models.headers import DTYPE_BITS
 from vptq.models.remote import local_folder
 from vptq.models.stream import FolderSource
@@ -171,9 +172,7 @@ def check_disk(config: QuantConfig, plan: RunPlan, source: FolderSource, *, alre
 
 def refuse_full_disk(output_dir: str, needed: int) -> None:
     """Raise UsageError where so many bytes don't fit."""
-    existing = local_folder(output_dir).absolute()  # of a URL, its mirror: all is here once, when it is written
-    while not existing.exists():
-        existing = existing.parent
+    existing = standing_folder(local_folder(output_dir))  # of a URL, its mirror: all is here once, when it is written
     free = shutil.disk_usage(existing).free
     if needed * DISK_SLACK > free:
         wanted, there = f"{needed * DISK_SLACK / 1e6:,.1f} MB", f"{free / 1e6:,.1f} MB free"

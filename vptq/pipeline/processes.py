@@ -28,7 +28,7 @@ TELL_EVERY = 0.2  # seconds
 MOST_UNANSWERED = 2  # whose files are still being written
 WAITING = "OMP_WAIT_POLICY"
 Do = Callable[[Try, Callable[[float], None]], Callable[[], Any]]
-Start = Callable[[int], tuple[Do, str | None]]
+Start = Callable[[int, Any], tuple[Do, str | None]]
 
 
 @dataclass
@@ -42,36 +42,33 @@ class ProcessCrew:
 
     Args:
         warm: called first in each process, with its number, while this one still finds out what there is to do.
+        start: called then, with the number and what the run is about; gives what is called with each `Try`, and with whom to
+            tell of parts that are done, and what the user should know. What that gives is called for the answer on a thread of
+            its own, while the next work is begun. Answers are sent back, and so are exceptions.
     """
 
-    def __init__(self, warm: Callable[[int], None]) -> None:
-        self.warm = warm
-        self.start: Start | None = None
+    def __init__(self, warm: Callable[[int], None], start: Start) -> None:
+        self.warm, self.start = warm, start
+        self.setup: Any = None
         self._processes: dict[int, _Process] = {}
 
-    def set_out(self, start: Start) -> None:
-        """Tell all processes how to begin.
-
-        Args:
-            start: called once in each, with its number; gives what is then called with each `Try`, and with whom to tell of
-                parts that are done, and what the user should know. What that gives is called for the answer on a thread of
-                its own, while the next work is begun. Answers are sent back, and so are exceptions.
-        """
-        self.start = start
+    def set_out(self, setup: Any) -> None:
+        """Tell all processes what the run is about."""
+        self.setup = setup
         for number in self._processes:
-            self._send(number, start)
+            self._send(number, setup)
 
     def begin(self, number: int) -> None:
         """Start a process; it says STARTED once it can work."""
         context = torch.multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, number, self.warm, os.getpid()), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, number, self.warm, self.start, os.getpid()), daemon=True)
         with _patient_threads():
             process.start()
         theirs.close()  # so that its end is the pipe's end
         self._processes[number] = _Process(process, ours)
-        if self.start is not None:
-            self._send(number, self.start)
+        if self.setup is not None:
+            self._send(number, self.setup)
 
     def send(self, number: int, given: Try) -> None:
         """Give it something to do."""
@@ -129,16 +126,16 @@ def _ending(code: int | None) -> str:
     return f"ended with code {code}"
 
 
-def _serve(pipe: Connection, number: int, warm: Callable[[int], None], parent: int) -> None:
+def _serve(pipe: Connection, number: int, warm: Callable[[int], None], start: Start, parent: int) -> None:
     """A worker's life."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED_EXIT_CODE))  # files appear by rename: nothing is lost
     _die_with(parent)
     warm(number)
     voice = _Voice(pipe)
-    start: Start | None = _heard(pipe)
-    if start is None:
+    setup = _heard(pipe)
+    if setup is None:
         return
-    said, found = answer_of(functools.partial(start, number))
+    said, found = answer_of(functools.partial(start, number, setup))
     if said != DONE:
         voice.say(said, found)
         return

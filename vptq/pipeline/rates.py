@@ -18,7 +18,7 @@ from vptq.config import LinearConfig
 from vptq.errors import UsageError
 from vptq.geometry import plan_geometry
 from vptq.layer_config import LayerConfig
-from vptq.models.files import save_json
+from vptq.models.files import save_json, standing_folder
 from vptq.pipeline.codebooks import codebook_file, load_codebooks, prepare_codebooks
 from vptq.pipeline.cost import UNIT, linear_units
 from vptq.pipeline.plan import LinearPlan
@@ -160,8 +160,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _disk_bytes(folder: Path) -> float:
-    while not folder.exists():
-        folder = folder.parent
+    folder = standing_folder(folder)
     data = os.urandom(FILE_BYTES)
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:

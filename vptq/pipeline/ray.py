@@ -10,19 +10,17 @@ from typing import Any
 import torch
 
 from vptq.errors import UsageError
-from vptq.pipeline.job import Job
-from vptq.pipeline.pool import DIED, FREE, STARTED, Try, WorkerPool, answer_of
+from vptq.pipeline.pool import DIED, FREE, STARTED, Try, answer_of
 from vptq.pipeline.processes import WAITING, Do
-from vptq.pipeline.schedule import Schedule
 from vptq.pipeline.worker import Setup
-from vptq.pipeline.workers import Given, run_pool, start_worker
+from vptq.pipeline.workers import Pooled, start_worker
 
 RESTARTS_WITHOUT_END = -1
 SECONDS_TO_CONNECT = 10.0
 
 
-class RayCluster:
-    """An `Executor` on a Ray cluster.
+def start_actors(count: int, address: str | None, device: str | None) -> Pooled:
+    """An executor on a Ray cluster; actors are asked for once it is known what there is to do.
 
     Args:
         address: of the cluster, as `ray.init` takes it; None for RAY_ADDRESS, or else a cluster of this machine alone.
@@ -30,47 +28,25 @@ class RayCluster:
     Raises:
         UsageError: Ray is not installed, the cluster is not there or too small.
     """
-
-    def __init__(self, count: int, address: str | None, device: str | None) -> None:
-        self.count = count
-        self.ray = _connect(address)
-        kind = device or ("cuda" if self.ray.cluster_resources().get("GPU") else "cpu")
-        self.device = torch.device(kind.split(":")[0])
-        _check_size(self.ray.cluster_resources(), count, self.device)
-        self.pool: WorkerPool | None = None
-        self.job: Job | None = None
-
-    def begin(self, run: Given) -> None:
-        """Ask for the actors; `run.note` is told of those that die or run out of memory."""
-        run.job.drop_scratch()  # of a run that was killed
-        self.job = run.job
-        self.pool = WorkerPool(self.count, _RayCrew(self.ray, self.device, run.hand_over()), run.note)
-
-    def run(self, schedule: Schedule) -> None:
-        """Do all works of a schedule.
-
-        Raises:
-            RunError: works that failed in every try. VptqError: what a work raises.
-        """
-        assert self.pool is not None and self.job is not None
-        run_pool(self.pool, schedule, self.job)
-
-    def close(self) -> None:
-        """Give the cluster's resources back."""
-        if self.pool is not None and self.job is not None:
-            self.pool.close()
-            self.job.drop_scratch()
-            self.pool = None
-        self.ray.shutdown()
+    ray = _connect(address)
+    kind = device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu")
+    where = torch.device(kind.split(":")[0])
+    _check_size(ray.cluster_resources(), count, where)
+    return Pooled(count, where, _RayCrew(ray, where))
 
 
 class _RayCrew:
-    """A `pool.Crew` of actors."""
+    """A `WorkerCrew` of actors."""
 
-    def __init__(self, ray: Any, device: torch.device, setup: Setup) -> None:
-        self.ray, self.device, self.setup = ray, device, setup
+    def __init__(self, ray: Any, device: torch.device) -> None:
+        self.ray, self.device = ray, device
+        self.setup: Setup | None = None
         self._actors: dict[int, Any] = {}
         self._asked: dict[Any, int] = {}  # what has not answered yet -> the worker's number
+
+    def set_out(self, setup: Setup) -> None:
+        """What all actors are given."""
+        self.setup = setup
 
     def begin(self, number: int) -> None:
         """Ask for an actor; of one that died, whether it is back."""
@@ -100,11 +76,12 @@ class _RayCrew:
         return [(number, said, value)] + ([] if said == STARTED else [(number, FREE, None)])
 
     def end(self) -> None:
-        """End all, whatever they are at."""
+        """End all, whatever they are at, and give the cluster's resources back."""
         for actor in self._actors.values():
             self.ray.kill(actor)
         self._actors.clear()
         self._asked.clear()
+        self.ray.shutdown()
 
 
 class _Actor:

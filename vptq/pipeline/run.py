@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vptq.bits import checkpoint_bits
 from vptq.calibration.hessian_store import HessianStore, label_of
-from vptq.checkpoint.reader import is_packed
+from vptq.checkpoint.reader import refuse_packed
 from vptq.config import QuantConfig
 from vptq.data import TokenSequences, calibration_sequences, load_tokenizer
 from vptq.errors import UsageError
@@ -101,8 +101,7 @@ class _Run:
         self.slow = settle_kernels(device) if isinstance(executor, InProcess) else None  # else workers find out
         folder = resolve_folder(config.model_name)
         self.skeleton: Skeleton = load_skeleton(folder, config.trust_remote_code, forced_dtype(self.device))
-        if is_packed(folder):
-            raise UsageError(f"`{folder}` is quantized already", hint="give the original model")
+        refuse_packed(folder)
         self.fold = choose_fold(config, self.skeleton)
         self.source = open_folder(folder, self.skeleton.source_prefix, self.fold, self.device)
         ending.callback(self.source.close)

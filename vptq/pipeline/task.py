@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def make_batches(tasks: list[LinearTask], device: torch.device) -> list[list[Lin
 
 
 def quantize_batch(
-    tasks: list[LinearTask], source: TensorSource, hessians: Mapping[str, Moments], device: torch.device
+    tasks: Sequence[LinearTask], source: TensorSource, hessians: Mapping[str, Moments], device: torch.device
 ) -> list[Finished]:
     """Quantize linears of one shape and setting. hessians: by suffix."""
     inputs = []

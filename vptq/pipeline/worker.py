@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from vptq.pipeline.hessians import HessianSource, Moments, computed, store_sums
 from vptq.pipeline.job import Job
 from vptq.pipeline.measure import measure_linear
 from vptq.pipeline.results import Results
-from vptq.pipeline.task import Finished, keep, quantize_batch
+from vptq.pipeline.task import LinearTask, keep, quantize_batch
 from vptq.pipeline.works import Calibrate, KeepHessian, MeasureLinears, QuantizeLinears, Weigh, Work
 from vptq.quantize.assign import smaller_chunks
 
@@ -174,11 +174,10 @@ class Worker:
         runner = BlockRunner(self.skeleton, self.source, self.device, self.dtype)
         while missing:
             together = missing[: max(1, batches_at_once(runner, self.text.batches) // len(self.text.runs[0]))]
-            batches = [self.text.batches[batch] for run in together for batch in self.text.runs[run]]
-            found = token_weights(runner, batches, work.row_groups)
+            found = token_weights(runner, self.text.of_runs(together), work.row_groups)
             first = 0
             for run in together:
-                count = sum(self.text.batches[batch].numel() for batch in self.text.runs[run])
+                count = sum(batch.numel() for batch in self.text.of_runs([run]))
                 own = {name: weights[:, first : first + count].contiguous() for name, weights in found.items()}
                 save_tensors(self.job.token_weights_file(run), own)
                 first += count
@@ -199,7 +198,7 @@ class Worker:
         if short_of_memory:
             self._forget()
         if not tries:
-            return self._write(quantize_batch(list(work.batch), self.source, self._moments(work.hessians, work), self.device))
+            return self._quantized_now(work.batch, work.hessians)
         found: list[Future[dict[str, Any]]] = []
         with smaller_chunks(SMALLER ** max(0, short_of_memory - 1)):
             for task in work.batch:
@@ -207,29 +206,31 @@ class Worker:
                 if done is not None:
                     found.append(self.writer.submit(dict, done))
                 else:
-                    alone = QuantizeLinears((task,), work.hessians)
-                    found += self._write(quantize_batch([task], self.source, self._moments(work.hessians, alone), self.device))
+                    found += self._quantized_now([task], work.hessians)
         return found
 
-    def _write(self, finished: list[Finished]) -> list[Future[dict[str, Any]]]:
+    def _quantized_now(
+        self, batch: Sequence[LinearTask], hessians: Mapping[str, HessianSource]
+    ) -> list[Future[dict[str, Any]]]:
+        moments = self._moments(hessians, {task.plan.info.suffix for task in batch})
+        finished = quantize_batch(batch, self.source, moments, self.device)
         return [self.writer.submit(keep, linear, self.job, self.number) for linear in finished]
 
     def _measure(self, work: MeasureLinears) -> dict[str, float]:
-        distinct = {id(source): source for source in work.hessians.values()}
-        moments = {key: source.load(self.device) for key, source in distinct.items()}
+        moments = self._moments(work.hessians, work.hessians)
         found = {}
         for linear in work.linears:
-            source = work.hessians.get(linear.info.suffix)
-            if source is None:
+            known = moments.get(linear.info.suffix)
+            if known is None:
                 found[linear.name] = 0.0  # no token reaches it: the run will say so
                 continue
             weight = self.source.get(f"{linear.name}.weight").to(self.device)
             mean = None if work.means is None else work.means[linear.name]
-            found[linear.name] = measure_linear(linear, weight, moments[id(source)].hessian, mean)
+            found[linear.name] = measure_linear(linear, weight, known.hessian, mean)
         return found
 
-    def _moments(self, sources: Mapping[str, HessianSource], work: QuantizeLinears) -> dict[str, Moments]:
-        suffixes = {task.plan.info.suffix for task in work.batch}
+    def _moments(self, sources: Mapping[str, HessianSource], suffixes: Collection[str]) -> dict[str, Moments]:
+        """Of some linears of a block; read once where several take the same input."""
         distinct = {id(sources[suffix]): sources[suffix] for suffix in suffixes}
         loaded = {key: source.load(self.device) for key, source in distinct.items()}
         return {suffix: loaded[id(sources[suffix])] for suffix in suffixes}

@@ -20,7 +20,7 @@ from vptq.models.prefetch import PrefetchingFolder
 from vptq.models.remote import mirror_of
 from vptq.pipeline.fold import FoldedFolder
 from vptq.pipeline.job import Job
-from vptq.pipeline.pool import MOST_TRIES, LostWork, Try, WorkerPool
+from vptq.pipeline.pool import MOST_TRIES, Crew, LostWork, Try, WorkerPool
 from vptq.pipeline.processes import Do, ProcessCrew
 from vptq.pipeline.schedule import Schedule
 from vptq.pipeline.worker import TOKENS, Setup, Worker
@@ -106,25 +106,25 @@ class InProcess:
             self.worker.close()
 
 
-class Processes:
-    """Works shared out to `count` spawned processes; worker i takes GPU i, or the CPU where there is none.
+class WorkerCrew(Crew, Protocol):
+    """A crew that is told what the run is about once that is known."""
 
-    They start at once, while it is still found out what there is to do.
-    """
+    def set_out(self, setup: Setup) -> None: ...
 
-    def __init__(self, device: torch.device, count: int) -> None:
-        self.count, self.device = count, device
-        self.gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-        self.crew = ProcessCrew(functools.partial(_warm, self.gpus))
-        self.pool = WorkerPool(count, self.crew)
-        self.pool.begin()
+
+class Pooled:
+    """Works shared out to a crew of `count`."""
+
+    def __init__(self, count: int, device: torch.device, crew: WorkerCrew) -> None:
+        self.count, self.device, self.crew = count, device, crew
+        self.pool = WorkerPool(count, crew)
         self.job: Job | None = None
 
     def begin(self, run: Given) -> None:
-        """Tell the processes what it is about; `run.note` is told of those that die or run out of memory."""
+        """Tell the crew what it is about; `run.note` is told of workers that die or run out of memory."""
         run.job.drop_scratch()  # of a run that was killed
         self.job, self.pool.note = run.job, run.note
-        self.crew.set_out(functools.partial(_start_process, self.gpus, run.hand_over()))
+        self.crew.set_out(run.hand_over())
 
     def run(self, schedule: Schedule) -> None:
         """Do all works of a schedule.
@@ -133,25 +133,32 @@ class Processes:
             RunError: works that failed in every try. VptqError: what a work raises.
         """
         assert self.job is not None
-        run_pool(self.pool, schedule, self.job)
+        try:
+            self.pool.run(schedule)
+        except LostWork as error:
+            raise RunError(
+                f"some work could not be done, in {MOST_TRIES} tries each",
+                where=[f"{what}: {'; '.join(lost.reasons)}" for lost in error.lost for what in describe(lost.work)],
+                hint=f"all else is kept: `vptq quantize --resume {self.job.shown}` goes on; "
+                "if memory ran out, with a lower --num_gpus",
+            ) from None
 
     def close(self) -> None:
-        """End all processes."""
+        """End all workers."""
         self.pool.close()
         if self.job is not None:
             self.job.drop_scratch()
 
 
-def run_pool(pool: WorkerPool, schedule: Schedule, job: Job) -> None:
-    """Do all works of a schedule. Raises RunError for works that failed in every try."""
-    try:
-        pool.run(schedule)
-    except LostWork as error:
-        raise RunError(
-            f"some work could not be done, in {MOST_TRIES} tries each",
-            where=[f"{what}: {'; '.join(lost.reasons)}" for lost in error.lost for what in describe(lost.work)],
-            hint=f"all else is kept: `vptq quantize --resume {job.shown}` goes on; if memory ran out, with a lower --num_gpus",
-        ) from None
+def start_processes(device: torch.device, count: int) -> Pooled:
+    """An executor with processes of this machine; worker i takes GPU i, or the CPU where there is none.
+
+    They start at once, while it is still found out what there is to do.
+    """
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    found = Pooled(count, device, ProcessCrew(functools.partial(_warm, gpus), functools.partial(_start_process, gpus)))
+    found.pool.begin()
+    return found
 
 
 def settled(answer: Any) -> Any:
@@ -210,5 +217,5 @@ def start_worker(device: torch.device, setup: Setup, number: int) -> tuple[Do, s
     return doing(worker), slow
 
 
-def _start_process(gpus: int, setup: Setup, number: int) -> tuple[Do, str | None]:
+def _start_process(gpus: int, number: int, setup: Setup) -> tuple[Do, str | None]:
     return start_worker(_device_of(gpus, number), setup, number)
