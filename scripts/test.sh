@@ -6,4 +6,5 @@
 .venv/bin/ruff format --check --quiet . || { echo "error: run \`.venv/bin/ruff format .\`" >&2; exit 1; }
 .venv/bin/ruff check --quiet .
 .venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+# one thread each, as many processes as there are cores: most tests are too small for more threads
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal "$@"

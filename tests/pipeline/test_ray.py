@@ -13,6 +13,8 @@ from vptq.pipeline.run import quantize_model
 
 pytest.importorskip("ray")
 
+SEES_SOON = {"health_check_period_ms": 500, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 2}
+
 
 @contextlib.contextmanager
 def cluster_of(cpus, monkeypatch):
@@ -21,7 +23,8 @@ def cluster_of(cpus, monkeypatch):
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0], "object_store_memory": 100 << 20})
+    head = {"num_cpus": cpus[0], "object_store_memory": 100 << 20, "_system_config": SEES_SOON}
+    found = Cluster(initialize_head=True, head_node_args=head)
     try:
         yield found, found.add_node(num_cpus=cpus[1], object_store_memory=100 << 20)
     finally:
