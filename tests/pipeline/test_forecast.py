@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.pipeline.test_run import config_of
 from vptq.cli.main import main
 from vptq.config import QuantConfig
 from vptq.errors import UsageError
+from vptq.pipeline import rates
+from vptq.pipeline.cost import linear_units
 from vptq.pipeline.estimate import Estimate
 from vptq.pipeline.forecast import forecast
 from vptq.pipeline.rates import Rates
@@ -45,6 +49,22 @@ def test_more_workers_are_faster_until_there_is_nothing_more_to_share():
     assert one.worker_seconds == pytest.approx(many.worker_seconds) and one.busy > eight.busy > many.busy
     assert one.scratch_bytes == 0 < two.scratch_bytes < eight.scratch_bytes < many.scratch_bytes
     assert two.main_bytes < 5e9, "the first process holds neither weights nor Hessians"
+
+
+def test_memory_of_a_gpu_is_what_was_measured():
+    """8192 x 28672, float16, v = 6, k = 4096, on an H200: 20.8 GB beside 3.3 of the Hessian and 0.5 of the weight."""
+    (found,) = of_shapes("llama-3-70b", (512,)).estimates
+    states = 128 * 2048 // 16 * 8192 * 2
+    assert found.gpu_bytes - states == pytest.approx(24.55e9, rel=0.03)
+
+
+def test_a_sample_counts_the_iterations_that_it_took(tiny_llama, text_file, tmp_path, monkeypatch):
+    plan = forecast(config_of(tiny_llama, text_file, tmp_path / "out"), rates=H200).plan
+    linear = plan.linears[0]
+    report = SimpleNamespace(kmeans_iterations=(2, 4))
+    monkeypatch.setattr(rates, "quantize_linears", lambda *given, **settings: [(None, report)])
+    units, _ = rates._sample_seconds(linear, torch.device("cpu"), 1e9)
+    assert units == linear_units(linear, 3) < linear_units(linear)
 
 
 def test_sequential_calibration_leaves_less_to_share():

@@ -12,9 +12,11 @@ from vptq.quantize.metric import factor_inverse, proxy_error, scale_metric
 
 def test_factor_is_upper_and_inverts_the_damped_metric(generator, device):
     metric = correlated_hessian(20, generator).to(device)
+    before = metric.clone()
     factor = factor_inverse(metric, 0.01)
     damped = metric.double() + 0.01 * metric.double().diagonal().mean() * torch.eye(20, dtype=torch.float64, device=device)
     u = factor.inv_chol.double()
+    assert factor.inv_chol.is_contiguous() and torch.equal(metric, before)
     assert torch.equal(u, u.triu()) and factor.retries == 0 and factor.damping_frac == 0.01
     assert torch.allclose(u.T @ u @ damped, torch.eye(20, dtype=torch.float64, device=device), atol=1e-3)
 
@@ -29,6 +31,17 @@ def test_damping_is_raised_and_recorded_when_the_metric_is_indefinite():
 def test_damping_zero_is_raised_from_a_small_start():
     factor = factor_inverse(torch.ones(3, 3), 0.0)
     assert factor.retries >= 1 and factor.damping_frac >= 1e-4
+
+
+@pytest.mark.gpu
+def test_no_more_than_two_float64_matrices_are_held(generator):
+    size = 2048
+    metric = correlated_hessian(size, generator).cuda()
+    factor_inverse(metric, 0.01)  # libraries take their workspaces
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    factor_inverse(metric, 0.01)
+    assert torch.cuda.max_memory_allocated() - before < 22 * size**2
 
 
 def test_zero_metric_still_factors():

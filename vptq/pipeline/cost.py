@@ -13,11 +13,12 @@ DISTANCE_COST = 50.0
 USUAL_ITERATIONS = 0.7  # of --kiter, before --ktol stops it
 
 
-def linear_units(linear: LinearPlan) -> float:
-    """k-means, sweep and factorisation of one linear."""
+def linear_units(linear: LinearPlan, kmeans_iterations: float | None = None) -> float:
+    """k-means, sweep and factorisation of one linear. kmeans_iterations: what each k-means took, if that is known."""
     config, geometry = linear.config, linear.layer.geometry
+    iterations = config.kiter * USUAL_ITERATIONS if kmeans_iterations is None else kmeans_iterations
     stages = [config.num_centroids[1]] + ([config.num_res_centroids[1]] if config.has_residual else [])
-    searches = 1 if config.is_shared else config.kiter * USUAL_ITERATIONS + 3
+    searches = 1 if config.is_shared else iterations + 3
     searches = (2 if config.has_trellis else searches) + config.refine_iters
     distances = sum(geometry.num_vectors * k * searches for k in stages)
     products = 4.0 * len(stages) * geometry.out_features * geometry.in_features**2 + 3.0 * geometry.in_features**3

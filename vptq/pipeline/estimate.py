@@ -2,8 +2,8 @@
 
 Time: every work is given the seconds that measured rates say, and the real schedule (`schedule.BlockWalk`) is played through
 with so many workers. What is left out: norms and attention of the forward passes, and waiting for the disk.
-Memory: the largest of what a worker holds while it calibrates and while it quantizes; factors of the second were found by
-measuring linears of 4096 to 11008 inputs (docs/scaling.md).
+Memory: the largest of what a worker holds while it calibrates and while it quantizes; bytes of the second were found by
+measuring linears of 4096 to 28672 inputs, with codebooks of their own (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vptq.config import QuantConfig
 from vptq.evaluation.perplexity import BATCH_TOKENS
 from vptq.models.architecture import Skeleton
 from vptq.pipeline.cost import fisher_units, forward_units, hessian_units, linear_units
-from vptq.pipeline.plan import RunPlan, result_bytes
+from vptq.pipeline.plan import LinearPlan, RunPlan, result_bytes
 from vptq.pipeline.rates import Rates
 from vptq.pipeline.schedule import BlockWalk, Watch
 from vptq.pipeline.stages import Passage, Quantizing, blocks_ahead, input_sizes, scratch_bytes, sums_bytes
@@ -31,8 +31,10 @@ from vptq.pipeline.works import Calibrate, QuantizeLinears, Work
 
 FLOAT = 4
 DOUBLE = 8
-WEIGHT_COPIES = 12  # bytes a weight that quantizing takes beside the model's own, in float32 pieces of it
-METRIC_COPIES = 5  # float32 matrices of in_features x in_features: Hessian, damped, factor, its inverse, the sweep's
+KMEANS_BYTES = 58  # a weight, of k-means: vectors, distances and sums beside the weight itself
+SWEEP_BYTES = 8  # a weight
+METRIC_BYTES = 12  # an entry of in_features x in_features, of each run of rows: Hessian, permuted, factor
+FACTOR_BYTES = 15  # an entry, once: two float64 matrices while one is factored, less what comes after
 PROCESS_BYTES = {"cuda": 2 << 30, "cpu": 700 << 20}  # of main memory: Python, torch, a GPU's context
 SHARD_COPIES = 2  # in main memory while a shard of the checkpoint is written
 BLOCKS_READ_AHEAD = 2
@@ -163,12 +165,15 @@ def _gpu_bytes(passage: Passage, block_bytes: int, states: int) -> int:
     calibrating = (
         block_bytes + matrices * sum(size**2 for size in sizes) * (DOUBLE + FLOAT) + 4 * batch * passage.skeleton.dtype.itemsize
     )
-    quantizing = max(
-        linear.bits.num_weights * WEIGHT_COPIES + linear.info.in_features**2 * linear.layer.row_groups * METRIC_COPIES * FLOAT
-        for linear in plan.everything
-        if linear.bits.num_weights
-    )
+    itemsize = passage.skeleton.dtype.itemsize
+    quantizing = max(_quantizing_bytes(linear, itemsize) for linear in plan.everything if linear.bits.num_weights)
     return states + max(calibrating, quantizing)
+
+
+def _quantizing_bytes(linear: LinearPlan, itemsize: int) -> int:
+    entries, weights = linear.info.in_features**2, linear.bits.num_weights
+    sweep = weights * SWEEP_BYTES + entries * (METRIC_BYTES * linear.layer.row_groups + FACTOR_BYTES)
+    return weights * itemsize + max(weights * KMEANS_BYTES + entries * FLOAT * linear.layer.row_groups, sweep)
 
 
 def _blocks(plan: RunPlan) -> Sequence[int]:

@@ -23,6 +23,7 @@ from vptq.pipeline.codebooks import codebook_file, load_codebooks, prepare_codeb
 from vptq.pipeline.cost import UNIT, linear_units
 from vptq.pipeline.plan import LinearPlan
 from vptq.quantize.linear import LinearInput, quantize_linears
+from vptq.quantize.problem import LinearReport
 from vptq.quantize.result import Codebook
 
 SAMPLE_SECONDS = {"cuda": 1.5, "cpu": 3.0}  # about what a sample linear may take
@@ -116,10 +117,12 @@ def _sample_seconds(linear: LinearPlan, device: torch.device, budget: float) -> 
     with tempfile.TemporaryDirectory() as folder:
         shared = _shared_codebooks(plan.config, Path(folder), device)
 
-        def quantize() -> None:
-            quantize_linears([given], plan.config, shared=shared)
+        def quantize() -> LinearReport:
+            return quantize_linears([given], plan.config, shared=shared)[0][1]
 
-        return linear_units(plan), _seconds(quantize, device, repeats=1)
+        taken = quantize().kmeans_iterations  # k-means of a small sample stops sooner than that of a whole linear
+        units = linear_units(plan, sum(taken) / len(taken) if taken else None)
+        return units, _seconds(quantize, device, repeats=1, warm=False)
 
 
 def _shrunk(linear: LinearPlan, units: float) -> LinearPlan:
@@ -143,9 +146,10 @@ def _shared_codebooks(config: LinearConfig, folder: Path, device: torch.device) 
     return load_codebooks(codebook_file(folder, own), own.bitwidth, own.bsize, torch.float16, device)
 
 
-def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """Of one repeat, after a first one that is not counted."""
-    work()
+def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 3, warm: bool = True) -> float:
+    """Of one repeat. warm: whether to do it once before."""
+    if warm:
+        work()
     _wait(device)
     started = time.perf_counter()
     for _ in range(repeats):

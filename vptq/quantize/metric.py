@@ -51,14 +51,15 @@ def factor_inverse(metric: Tensor, damping_frac: float) -> InverseFactor:
         reversed_metric = metric.flip(0, 1).double()
         reversed_metric.diagonal().add_(frac * mean)
         lower, failed = torch.linalg.cholesky_ex(reversed_metric)
-        del reversed_metric  # a large layer's float64 matrices are gigabytes: at most three live at a time
+        del reversed_metric  # a large layer's float64 matrices are gigabytes: at most two live at a time
         if not failed.item():
-            upper = lower.flip(0, 1)
+            upper = lower.mT.flip(0, 1).mT  # columns first, as the solver takes it without a copy
             del lower
-            identity = torch.eye(len(upper), dtype=torch.float64, device=upper.device)
-            inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
+            inverse = torch.eye(len(upper), dtype=torch.float64, device=upper.device).mT
+            torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+            del upper
             if torch.isfinite(inverse).all():
-                return InverseFactor(inverse.float(), frac, retry)
+                return InverseFactor(inverse.to(torch.float32, memory_format=torch.contiguous_format), frac, retry)
         frac = frac * 10 if frac > 0 else FIRST_RETRY_FRAC
     raise NumericalError(
         "the Hessian can't be factored, however much it is damped",

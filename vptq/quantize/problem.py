@@ -83,20 +83,19 @@ class Problem:
 
     def metric(self) -> Tensor:
         """H' permuted and not damped: (in, in) float32."""
-        hessian = self.measure.hessian
-        scaled = scale_metric(hessian, self.normalisation.scale) if self.normalisation else hessian
-        return scaled[self.perm][:, self.perm].contiguous()
+        return _permuted_metric(self.measure.hessian, self.normalisation, self.perm).contiguous()
 
 
 def prepare(linear: LinearInput, config: LinearConfig, storage_dtype: torch.dtype) -> Problem:
     """The problem of a linear with codebooks of its own. Raises NumericalError where the Hessian can't be factored."""
     weight, hessian = rotated(linear, config)
     normalisation = normalise(weight, storage_dtype) if config.normalises else None
-    metric = scale_metric(hessian, normalisation.scale) if normalisation else hessian
     scaled = normalisation.apply(weight) if normalisation else weight
-    diagonal = metric.diagonal().clamp_min(0)
+    diagonal = hessian.diagonal().clamp_min(0)
+    if normalisation:
+        diagonal = diagonal * normalisation.scale * normalisation.scale
     perm = column_order(diagonal, config)
-    factor = factor_permuted(metric, perm, config, linear.name)
+    factor = factor_named(_permuted_metric(hessian, normalisation, perm), config, linear.name)
     generator = torch.Generator().manual_seed(_seed_of(linear.name, config.kseed))
     measure = ProxyError(weight, hessian)
     return Problem(
@@ -109,10 +108,15 @@ def column_order(diagonal: Tensor, config: LinearConfig) -> Tensor:
     return importance_order(diagonal) if config.enable_perm else torch.arange(len(diagonal), device=diagonal.device)
 
 
-def factor_permuted(metric: Tensor, perm: Tensor, config: LinearConfig, name: str) -> InverseFactor:
-    """The permuted matrix is factored: a triangular factor can't be un-permuted afterwards. metric: (in, in); perm: (in,)."""
+def _permuted_metric(hessian: Tensor, normalisation: Normalisation | None, perm: Tensor) -> Tensor:
+    scaled = scale_metric(hessian, normalisation.scale) if normalisation else hessian
+    return scaled[perm][:, perm]
+
+
+def factor_named(metric: Tensor, config: LinearConfig, name: str) -> InverseFactor:
+    """`factor_inverse` of a linear: (in, in), permuted, since a triangular factor can't be un-permuted afterwards."""
     try:
-        return factor_inverse(metric[perm][:, perm], config.percdamp)
+        return factor_inverse(metric, config.percdamp)
     except NumericalError as error:
         raise NumericalError(error.what, where=[name], hint=error.hint) from error
 

@@ -18,7 +18,7 @@ from vptq.quantize.column_sweep import ColumnRun, refine_columns, sweep_columns
 from vptq.quantize.columns import make_quantizer
 from vptq.quantize.layout import as_batch
 from vptq.quantize.metric import InverseFactor, trace_products
-from vptq.quantize.problem import LinearInput, LinearReport, column_order, factor_permuted, rotated, rotation_of
+from vptq.quantize.problem import LinearInput, LinearReport, column_order, factor_named, rotated, rotation_of
 from vptq.quantize.result import Codebook, QuantizedWeight, spread_rows
 from vptq.quantize.segments import Segment
 from vptq.quantize.sweep import sweep_linears
@@ -84,8 +84,8 @@ def _prepare(linear: LinearInput, config: LinearConfig, geometry: Geometry, stor
             perm, factor, permuted = found[0].perm, found[0].factor, found[0].metric
         else:
             perm = column_order(metric.diagonal(), config)
-            factor = factor_permuted(metric, perm, config, linear.name)
             permuted = metric[perm][:, perm].contiguous()
+            factor = factor_named(permuted, config, linear.name)
         own = rows[:, perm].contiguous()
         scale = _first_scale(own, config).to(storage_dtype).float()
         size = trace_products(own, permuted)
