@@ -1,5 +1,7 @@
 """Sums whose bits do not depend on who summed what."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -59,6 +61,24 @@ def test_runs_are_nearly_equal():
         runs = split_runs(batches)
         assert [batch for run in runs for batch in run] == list(range(batches)) and len(runs) == min(batches, MOST_RUNS)
         assert max(map(len, runs)) - min(map(len, runs)) <= 1
+
+
+def test_few_sums_are_held_at_a_time(generator):
+    """They are whole matrices on a GPU: what is not yet needed is not loaded."""
+    alive = weakref.WeakSet()
+
+    def load(part):
+        found = InputSums(part.total.clone(), None, part.num_tokens)
+        alive.add(found.total)
+        most.append(len(alive))
+        return found
+
+    most = []
+    parts = leaves(MOST_RUNS, generator)
+    leaf_by_leaf = [Subtree(0, run, part) for run, part in enumerate(parts)]
+    found = sum_subtrees(reversed(leaf_by_leaf), load)
+    assert torch.equal(found.total, sum_subtrees(summed(parts, range(MOST_RUNS))).total)
+    assert max(most) <= 5 and len(most) == MOST_RUNS
 
 
 def test_nothing_but_empty_runs():

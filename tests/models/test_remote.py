@@ -8,7 +8,7 @@ import pytest
 
 from vptq.errors import UsageError
 from vptq.models import lock, remote
-from vptq.models.files import save_json, whole_stream
+from vptq.models.files import save_json, standing_folder, whole_stream
 from vptq.models.lock import lock_folder
 from vptq.models.remote import fetch, fetch_all, local_folder, mirror_of, reading, remove, shown
 
@@ -117,3 +117,23 @@ def test_the_lock_is_given_back(url, there):
 def test_what_can_not_be_reached_is_said():
     with pytest.raises(UsageError, match=r"`nosuch://x` can't be reached"):
         local_folder("nosuch://x")
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monkeypatch):
+    def refuse(file, how):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    with pytest.raises(UsageError, match=r"can't be locked(.|\n)*Function not implemented(.|\n)*mount it with locks"):
+        lock_folder(tmp_path)
+
+
+def test_a_folder_that_one_may_not_look_into_is_a_users_fault(tmp_path, monkeypatch):
+    assert standing_folder(tmp_path / "a" / "b") == tmp_path
+
+    def refuse(path, **how):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(tmp_path), "exists", refuse)
+    with pytest.raises(UsageError, match="can't be looked at"):
+        standing_folder(tmp_path / "a")

@@ -17,7 +17,9 @@ from vptq.config import QuantConfig
 from vptq.errors import RunError, UsageError
 from vptq.models import files
 from vptq.models.architecture import DEMO
+from vptq.models.remote import local_folder
 from vptq.pipeline import workers
+from vptq.pipeline.job import Job
 from vptq.pipeline.progress import Silent
 from vptq.pipeline.run import quantize_model
 from vptq.pipeline.works import Calibrate, linears_of
@@ -92,7 +94,7 @@ def test_all_workers_killed_at_work(timed_run, tiny_llama, tmp_path):
     told = KillAll()
     result = quantize_model(two_runs(tiny_llama, tmp_path, num_gpus=2), progress=told)
     assert sum("was killed (SIGKILL)" in note for note in told.notes) == 2
-    assert "was killed" in (result.folder / "logs" / "0.log").read_text()
+    assert "was killed" in (result.folder / "logs" / "run.log").read_text()
     assert packed_bytes(result.folder) == packed_bytes(timed_run[0])
 
 
@@ -214,3 +216,16 @@ def start_short_of_memory(*given):
         return do(given, progress)
 
     return do_or_fail, note
+
+
+@pytest.mark.parametrize("behind", ["", "file://"])
+def test_a_run_that_lost_its_folder_leaves_what_its_successor_hands_over(behind, tmp_path):
+    folder = local_folder(f"{behind}{tmp_path / 'run'}")
+    old, new = (Job(folder, QuantConfig(), "", {}) for _ in range(2))
+    lost = old.make_scratch()
+    kept = new.make_scratch()
+    files.save_json(kept / "sums", 1)
+    old.drop_scratch(lost)
+    assert (kept / "sums").exists() and not lost.exists()
+    new.drop_scratch(kept)
+    assert not new.scratch.exists() and not (tmp_path / "run" / "scratch").exists()

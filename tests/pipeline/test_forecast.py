@@ -11,6 +11,7 @@ from tests.pipeline.test_run import config_of
 from vptq.cli.main import main
 from vptq.config import QuantConfig
 from vptq.errors import UsageError
+from vptq.pipeline import forecast as forecasts
 from vptq.pipeline import rates
 from vptq.pipeline.cost import linear_units
 from vptq.pipeline.estimate import Estimate
@@ -134,3 +135,13 @@ def test_workers_on_the_cores_of_one_machine_share_them(tiny_llama, text_file, t
     config = config_of(tiny_llama, text_file, tmp_path, kiter=100)
     one, two = forecast(config, workers=(1, 2), rates=rates).estimates
     assert two.seconds > 0.95 * one.seconds
+
+
+@pytest.mark.parametrize("behind", ["", "file://"])
+def test_sums_behind_a_url_need_no_room_here(behind, tiny_llama, text_file, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(forecasts, "refuse_full_disk", lambda folder, needed: asked.append(needed))
+    config = config_of(tiny_llama, text_file, f"{behind}{tmp_path / 'out'}", num_gpus=2)
+    (estimate,) = forecast(config, rates=H200).estimates
+    assert estimate.scratch_bytes > 0
+    assert asked == [estimate.disk_bytes + (0 if behind else estimate.scratch_bytes)]

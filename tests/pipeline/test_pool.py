@@ -202,9 +202,11 @@ def start_wrongly(number, setup):
     raise UsageError("not on this machine")
 
 
-@pytest.mark.parametrize("begin, told", [(start_but_for_one, "ended with code 7"), (start_late, "has not started")])
-def test_workers_that_never_come_are_done_without(begin, told, monkeypatch):
-    monkeypatch.setattr(pools, "PATIENCE", 2.0)
+@pytest.mark.parametrize(
+    "begin, patience, told", [(start_but_for_one, 60.0, "ended with code 7"), (start_late, 2.0, "has not started")]
+)
+def test_workers_that_never_come_are_done_without(begin, patience, told, monkeypatch):
+    monkeypatch.setattr(pools, "PATIENCE", patience)
     monkeypatch.setattr(pools, "LOOK_AGAIN", 0.5)
     notes = []
     pool = WorkerPool(2, ProcessCrew(warm, begin), notes.append)
@@ -215,6 +217,58 @@ def test_workers_that_never_come_are_done_without(begin, told, monkeypatch):
     pool.close()
     assert time.monotonic() - started < 20
     assert walk.finished and any(told in note for note in notes)
+
+
+def test_patience_begins_when_workers_are_told_what_to_do(monkeypatch):
+    """However long it takes until the run is planned."""
+    monkeypatch.setattr(pools, "PATIENCE", 1.5)
+    notes = []
+    pool = WorkerPool(2, ProcessCrew(warm, start), notes.append)
+    pool.begin()
+    time.sleep(3)
+    pool.crew.set_out("setup")
+    run(pool, [("sum", n, None) for n in range(4)])
+    pool.close()
+    assert not notes
+
+
+class Nobody:
+    """A crew whose workers don't come, as on a cluster without room, until the third time that it is listened to."""
+
+    def __init__(self):
+        self.listened = 0
+
+    def begin(self, number):
+        pass
+
+    def send(self, number, given):
+        self.given = number
+
+    def listen(self, seconds):
+        self.listened += 1
+        time.sleep(0.1 if self.listened < 4 else 0)
+        said = {4: [(0, pools.STARTED, None)], 5: [(0, pools.DONE, "answer")]}
+        return said.get(self.listened, [])
+
+    def end(self):
+        pass
+
+
+def test_it_is_said_once_that_nobody_comes(monkeypatch):
+    monkeypatch.setattr(pools, "PATIENCE", 0.15)
+    notes = []
+    pool = WorkerPool(1, Nobody(), notes.append)
+    assert run(pool, [("sum", 0, None)]) == ["answer"]
+    assert notes == ["no worker has started in 0 s: still waiting"]
+
+
+def test_memory_is_known_by_what_libraries_say():
+    for text in ("CUDA error: CUSOLVER_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory: you tried"):
+
+        def fail(text=text):
+            raise RuntimeError(text)
+
+        assert pools.answer_of(fail) == (pools.NO_MEMORY, f"ran out of memory: RuntimeError: {text}")
 
 
 class TwoShares(Listed):

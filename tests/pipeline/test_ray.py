@@ -64,6 +64,9 @@ def test_a_node_that_goes_away_costs_only_what_it_was_at(cpus, demo_run, tmp_pat
         found = run("out", 2, PLAIN | place, progress=told)
     assert told.node is None and any("was lost" in note for note in told.notes)
     assert packed_bytes(found.folder) == packed_bytes(demo_run.folder)
+    starts = (found.folder / "logs" / "1.log").read_text().count("worker 1 on cpu")
+    assert starts == (2 if cpus == (2, 1) else 1), "Ray starts it anew where there is room"
+    assert not any("before it could work" in note for note in told.notes)
     assert (found.folder / "logs" / "1.log").exists() and not (found.folder / "scratch").exists()
 
 

@@ -375,7 +375,7 @@ def test_resolved_settings_are_kept(whole):
 def test_open_settings_are_resolved(tiny_llama, text_file, tmp_path):
     result = quantize_model(config_of(tiny_llama, text_file, tmp_path, seq_len=None, nsamples=2))
     assert yaml.safe_load((result.folder / "config.yaml").read_text())["seq_len"] == 128
-    assert "calibration: 2 sequences of 128 tokens" in (result.folder / "logs" / "0.log").read_text()
+    assert "calibration: 2 sequences of 128 tokens" in (result.folder / "logs" / "run.log").read_text()
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ runs, whatever the number of workers: each worker sums the whole subtrees that i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,11 +88,15 @@ class TreeSum:
         return found
 
 
-def sum_subtrees(subtrees: Iterable[Subtree]) -> InputSums | None:
-    """The sum of subtrees, each with its `InputSums`, that make up all runs."""
+def sum_subtrees(subtrees: Iterable[Subtree], load: Callable[[Any], InputSums | None] = lambda sums: sums) -> InputSums | None:
+    """The sum of subtrees that make up all runs.
+
+    Args:
+        load: gives the `InputSums` of what stands for it; called in the order of the runs, so that few are held at a time.
+    """
     tree = TreeSum()
     for subtree in sorted(subtrees, key=lambda subtree: subtree.first):
-        tree.add(subtree)
+        tree.add(Subtree(subtree.level, subtree.index, load(subtree.sums)))
     return tree.whole()
 
 

@@ -30,10 +30,13 @@ def save_json(path: Path, value: Any) -> None:
 
 
 def standing_folder(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """The path, or the nearest folder above it that is there. Raises UsageError where one may not look."""
     path = path.absolute()
-    while not path.exists():
-        path = path.parent
+    try:
+        while not path.exists():
+            path = path.parent
+    except PermissionError as error:
+        raise UsageError(f"`{path}` can't be looked at", where=[str(error)], hint="give another --output_dir") from error
     return path
 
 

@@ -45,8 +45,14 @@ def lock_folder(folder: Path) -> FolderLock:
     file = (folder / LOCK).open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise _taken(folder, "wait until it is done, or stop it, and resume then") from None
+    except OSError as error:
+        raise UsageError(
+            f"files in `{folder}` can't be locked",
+            where=[str(error)],
+            hint="mount it with locks (Lustre: -o flock), or work elsewhere",
+        ) from None
     mirror = mirror_of(folder)
     return FolderLock(file, None if mirror is None else _Lease(mirror, folder))
 

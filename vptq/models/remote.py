@@ -150,6 +150,16 @@ def remove(path: Path) -> None:
             mirror.filesystem.rm(mirror.url_of(path), recursive=True)
 
 
+def remove_empty(path: Path) -> None:
+    """Delete a folder, here and behind its URL, if nothing is in it."""
+    with contextlib.suppress(OSError):
+        path.rmdir()
+    mirror = mirror_of(path)
+    if mirror is not None and not _is_object_store(mirror.filesystem):  # these have no folders
+        with contextlib.suppress(Exception):
+            mirror.filesystem.rmdir(mirror.url_of(path))
+
+
 def exists(path: Path) -> bool:
     """Whether it is here or behind its URL."""
     mirror = mirror_of(path)

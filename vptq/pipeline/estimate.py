@@ -84,8 +84,8 @@ def estimate(
         seconds, worker_seconds = seconds + measuring / len(shares), worker_seconds + measuring
     results = plan.bits.file_bits // 8 if config.save_packed_model else 0
     total = seconds + rates.start_seconds + results / rates.disk_bytes
-    itemsize = skeleton.dtype.itemsize
-    weights = sum(linear.bits.num_weights for linear in plan.linears) * itemsize
+    itemsize = FLOAT if rates.device == "cpu" else skeleton.dtype.itemsize  # as blocks run
+    weights = sum(linear.bits.num_weights for linear in plan.linears) * skeleton.dtype.itemsize
     handed_over = len(skeleton.blocks) * sums_bytes(passage) if workers > 1 else 0
     stored = sum(linear.bits.stored for linear in plan.everything) // 8
     block_bytes = max(_block_weights(plan, block) for block in _blocks(plan)) * itemsize
@@ -165,15 +165,19 @@ def _gpu_bytes(passage: Passage, block_bytes: int, states: int) -> int:
     calibrating = (
         block_bytes + matrices * sum(size**2 for size in sizes) * (DOUBLE + FLOAT) + 4 * batch * passage.skeleton.dtype.itemsize
     )
-    itemsize = passage.skeleton.dtype.itemsize
-    quantizing = max(_quantizing_bytes(linear, itemsize) for linear in plan.everything if linear.bits.num_weights)
+    quantizing = max(_quantizing_bytes(passage, linear) for linear in plan.everything if linear.bits.num_weights)
     return states + max(calibrating, quantizing)
 
 
-def _quantizing_bytes(linear: LinearPlan, itemsize: int) -> int:
-    entries, weights = linear.info.in_features**2, linear.bits.num_weights
-    sweep = weights * SWEEP_BYTES + entries * (METRIC_BYTES * linear.layer.row_groups + FACTOR_BYTES)
-    return weights * itemsize + max(weights * KMEANS_BYTES + entries * FLOAT * linear.layer.row_groups, sweep)
+def _quantizing_bytes(passage: Passage, linear: LinearPlan) -> int:
+    """The largest of adding up what was summed over the shares, k-means, and factoring for the sweep."""
+    entries, weights = linear.info.in_features**2 * linear.layer.row_groups, linear.bits.num_weights
+    given = 2 if passage.sequential else 1  # matrices: the Hessian, and the drift
+    adding = entries * FLOAT * given * (2 + (len(passage.shares) - 1).bit_length())
+    turned = linear.config.rotation != "none" and linear.config.rotation_sides != "out"
+    kept = entries * FLOAT * (given - 1 + turned)
+    sweep = weights * SWEEP_BYTES + entries * METRIC_BYTES + linear.info.in_features**2 * FACTOR_BYTES
+    return weights * passage.skeleton.dtype.itemsize + max(adding, kept + max(weights * KMEANS_BYTES + entries * FLOAT, sweep))
 
 
 def _blocks(plan: RunPlan) -> Sequence[int]:

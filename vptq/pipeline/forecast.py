@@ -23,7 +23,7 @@ from vptq.models.architecture import Skeleton, check_weights, load_skeleton, res
 from vptq.models.device import forced_dtype, resolve_device
 from vptq.models.files import standing_folder
 from vptq.models.headers import fingerprint
-from vptq.models.remote import local_folder
+from vptq.models.remote import is_url, local_folder
 from vptq.models.runner import KEEP_ON_GPU_FRACTION
 from vptq.models.shapes import KNOWN_MODELS, config_folder
 from vptq.models.stream import FolderSource
@@ -111,9 +111,8 @@ def forecast(
                 own = {count: at.shared_by(count) if shared else at for count in counts}
                 estimates = tuple(estimate(config, skeleton, known, own[count], count, keeps(count)) for count in counts)
             if not workers and estimates:
-                faults.attempt(
-                    lambda: refuse_full_disk(config.output_dir, estimates[0].disk_bytes + estimates[0].scratch_bytes)
-                )
+                scratch = 0 if is_url(config.output_dir) else estimates[0].scratch_bytes
+                faults.attempt(lambda: refuse_full_disk(config.output_dir, estimates[0].disk_bytes + scratch))
     return Forecast(plan, estimates, rates, tuple(faults.found.values()), tuple(notes))
 
 

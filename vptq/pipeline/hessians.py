@@ -47,7 +47,7 @@ class SummedHessian:
     def load(self, device: torch.device) -> Moments:
         """Add up and average, on a device."""
         several = len(self.subtrees) > 1
-        sums = sum_subtrees(Subtree(s.level, s.index, _loaded(s.sums, device, several)) for s in self.subtrees)
+        sums = sum_subtrees(self.subtrees, lambda sums: _loaded(sums, device, several))
         assert sums is not None, "linears that no token reaches are refused before"
         hessian, drift = mean_of(sums)
         return Moments(hessian, None if drift is None else drift.mul_(self.drift_frac), sums.num_tokens)

@@ -5,7 +5,7 @@ config.yaml    the resolved settings, for `--config`
 work/          one safetensors file a finished linear: its packed tensors, figures and a checksum in the metadata
 fisher/        with --hessian fisher, token weights of the loss, one file a run of sequences
 scratch/       what workers hand over while the run is on; not needed to go on
-logs/0.log     one line a linear (one file a worker)
+logs/run.log   what was told; logs/0.log: one line a linear (one file a worker)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vptq.config import QuantConfig
 from vptq.errors import CheckpointError, RunError, UsageError
 from vptq.models.files import save_json, save_tensors, whole_file, writing_to
 from vptq.models.lock import LOCK, FolderLock, lock_folder
-from vptq.models.remote import exists, fetch, fetch_all, local_folder, mirror_of, publish, remove, shown
+from vptq.models.remote import exists, fetch, fetch_all, local_folder, mirror_of, publish, remove, remove_empty, shown
 from vptq.recipe import VECTOR_SETTINGS
 
 JOB_VERSION = 1
@@ -223,23 +223,27 @@ class Job:
         """Free the disk of them."""
         remove(self.token_weights_file(0).parent)
 
-    def make_scratch(self) -> None:
-        """An empty folder for what workers hand over."""
-        with writing_to(self.scratch):
-            self.scratch.mkdir(exist_ok=True)
+    def make_scratch(self) -> Path:
+        """A new folder for what workers hand over: a run that has lost its lease must not touch its successor's."""
+        own = self.scratch / uuid.uuid4().hex[:8]
+        with writing_to(own):
+            own.mkdir(parents=True)
+        return own
 
-    def drop_scratch(self) -> None:
-        """Forget what workers handed over."""
-        remove(self.scratch)
+    def drop_scratch(self, own: Path | None = None) -> None:
+        """Forget what workers handed over: all of it, or what is in one folder."""
+        remove(own or self.scratch)
+        if own is not None:
+            remove_empty(self.scratch)
 
     def drop_work(self) -> None:
         """Free the disk of what the packed checkpoint holds as well."""
         for folder in (self.work, self.codebooks):
             remove(folder)
 
-    def log(self, line: str, worker: int = 0) -> None:
-        """Add a line to a worker's log."""
-        path = self.logs / f"{worker}.log"
+    def log(self, line: str, worker: int | None = None) -> None:
+        """Add a line to a worker's log, or to that of the run: each file has one writer."""
+        path = self.logs / f"{'run' if worker is None else worker}.log"
         with writing_to(self.logs):
             self.logs.mkdir(exist_ok=True)
             fetch(path)  # another machine may have begun it

@@ -15,7 +15,7 @@ from vptq.layer_config import LayerConfig
 from vptq.models.architecture import DEMO, LinearInfo, Skeleton, check_weights, tied_names
 from vptq.models.files import standing_folder
 from vptq.models.headers import DTYPE_BITS
-from vptq.models.remote import local_folder
+from vptq.models.remote import is_url, local_folder
 from vptq.models.stream import FolderSource
 from vptq.pipeline.codebooks import codebook_name
 from vptq.pipeline.ends import End, choose_ends
@@ -178,7 +178,7 @@ def refuse_full_disk(output_dir: str, needed: int) -> None:
         wanted, there = f"{needed * DISK_SLACK / 1e6:,.1f} MB", f"{free / 1e6:,.1f} MB free"
         raise UsageError(
             f"the disk is full: results need about {wanted}, `{existing}` has {there}",
-            hint="free some space, or give another --output_dir",
+            hint="free some space, or give another " + ("TMPDIR" if is_url(output_dir) else "--output_dir"),
         )
 
 

@@ -20,6 +20,8 @@ MOST_TRIES = 3  # of one piece of work
 MOST_FAILED_STARTS = 3  # in a row, of one worker that dies before it can work
 PATIENCE = 120.0  # seconds until others take over from one that has not started
 LOOK_AGAIN = 5.0  # seconds
+# What libraries say that raise no error of a kind of its own
+NO_MEMORY_SIGNS = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED", "Cannot allocate memory")
 STARTED, PROGRESS, FREE, DONE, NO_MEMORY, FAILED, DIED = range(7)  # what a worker says, or what is found of it
 
 
@@ -88,12 +90,13 @@ class WorkerPool:
 
     def __init__(self, count: int, crew: Crew, note: Callable[[str], None] = lambda text: None) -> None:
         self.count, self.crew, self.note = count, crew, note
-        self._begun: dict[int, float] = {}  # when a worker was first asked for
+        self._begun: dict[int, float] = {}  # when a worker was last asked for
         self._started: set[int] = set()
         self._dead: set[int] = set()  # that are not back yet
         self._late: set[int] = set()  # that never came, so far
         self._free: set[int] = set()
         self._given: dict[int, deque[Try]] = {number: deque() for number in range(count)}  # and not answered
+        self._told = False  # that nobody has come
         self._failed_starts = dict.fromkeys(range(count), 0)
 
     def begin(self) -> None:
@@ -112,13 +115,16 @@ class WorkerPool:
         waiting: deque[Try] = deque()
         lost: list[Try] = []
         self.begin()
+        for number in self._coming():  # until now they had not been told what to do
+            self._begun[number] = time.monotonic()
         while not works.finished:
             self._hand_out(waiting, works)
             if self._is_idle():
                 raise LostWork(lost) if lost else RunError("no worker finds anything to do, though not all is done")
             if self._count_late():
                 continue  # what was kept for them can be handed out
-            waits = LOOK_AGAIN if self._coming() else None
+            self._tell_if_nobody_comes()
+            waits = LOOK_AGAIN if self._coming() or not self._started else None
             for number, said, value in self.crew.listen(waits):
                 if said == STARTED:
                     self._welcome(number, value)
@@ -170,12 +176,18 @@ class WorkerPool:
             self.note(f"worker {number} has not started in {PATIENCE:.0f} s: others do its work until it does")
         return bool(late)
 
+    def _tell_if_nobody_comes(self) -> None:
+        if not self._started and not self._told and time.monotonic() - max(self._begun.values()) > PATIENCE:
+            self._told = True
+            self.note(f"no worker has started in {PATIENCE:.0f} s: still waiting")
+
     def _is_idle(self) -> bool:
         """Whether all that live have answered, are free, and were given nothing, and nobody is still to come."""
         answered = not any(self._given.values())
         return bool(answered and self._free and self._started == self._free and not self._coming())
 
     def _welcome(self, number: int, note: str | None) -> None:
+        self._told = False
         self._started.add(number)
         self._free.add(number)
         self._dead.discard(number)
@@ -202,6 +214,7 @@ class WorkerPool:
         self._late.discard(number)
         self._dead.add(number)
         if self._failed_starts[number] < MOST_FAILED_STARTS:
+            self._begun[number] = time.monotonic()
             self.crew.begin(number)
         elif all(tries >= MOST_FAILED_STARTS for tries in self._failed_starts.values()):
             raise RunError(
@@ -220,7 +233,10 @@ def answer_of(make: Callable[[], Any]) -> tuple[int, Any]:
     except VptqError as error:
         return FAILED, error
     except Exception as error:
-        return FAILED, RunError(f"a worker failed: {type(error).__name__}: {error}", where=traceback.format_exc().splitlines())
+        text = f"{type(error).__name__}: {error}"
+        if not any(sign in text for sign in NO_MEMORY_SIGNS):
+            return FAILED, RunError(f"a worker failed: {text}", where=traceback.format_exc().splitlines())
+        text = text.splitlines()[0][:200]
     if torch.cuda.is_initialized():  # here the traceback is gone, and with it what it held
         torch.cuda.empty_cache()
     return NO_MEMORY, f"ran out of memory: {text}"

@@ -15,7 +15,7 @@ from vptq.pipeline.processes import WAITING, Do
 from vptq.pipeline.worker import Setup
 from vptq.pipeline.workers import Pooled, start_worker
 
-RESTARTS_WITHOUT_END = -1
+WITHOUT_END = -1
 SECONDS_TO_CONNECT = 10.0
 
 
@@ -31,7 +31,11 @@ def start_actors(count: int, address: str | None, device: str | None) -> Pooled:
     ray = _connect(address)
     kind = device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu")
     where = torch.device(kind.split(":")[0])
-    _check_size(ray.cluster_resources(), count, where)
+    try:
+        _check_size(ray.cluster_resources(), count, where)
+    except UsageError:
+        ray.shutdown()
+        raise
     return Pooled(count, where, _RayCrew(ray, where))
 
 
@@ -49,17 +53,19 @@ class _RayCrew:
         self.setup = setup
 
     def begin(self, number: int) -> None:
-        """Ask for an actor; of one that died, whether it is back."""
+        """Ask for an actor; of one that died, to say when it is back, however long that takes."""
         if number not in self._actors:
             needs = {"num_gpus": 1} if self.device.type == "cuda" else {"num_cpus": 1}
             patient = {"env_vars": {WAITING: "PASSIVE"}}
-            kind = self.ray.remote(_Actor).options(max_restarts=RESTARTS_WITHOUT_END, runtime_env=patient, **needs)
+            kind = self.ray.remote(_Actor).options(
+                max_restarts=WITHOUT_END, max_task_retries=WITHOUT_END, runtime_env=patient, **needs
+            )
             self._actors[number] = kind.remote(self.device.type, self.setup, number)
         self._asked[self._actors[number].begin.remote()] = number
 
     def send(self, number: int, given: Try) -> None:
-        """Give it something to do."""
-        self._asked[self._actors[number].do.remote(given)] = number
+        """Give it something to do, once: whether it is tried again is the pool's business."""
+        self._asked[self._actors[number].do.options(max_task_retries=0).remote(given)] = number
 
     def listen(self, seconds: float | None) -> list[tuple[int, int, Any]]:
         """What actors said; waits for something, no longer than so many seconds if given."""
@@ -120,7 +126,7 @@ def _connect(address: str | None) -> Any:
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise _no_cluster(address or "RAY_ADDRESS", error) from error
+        raise _no_cluster(address or os.environ.get("RAY_ADDRESS"), error) from error
     return ray
 
 
@@ -134,7 +140,11 @@ def _see_that_it_listens(address: str | None) -> None:
             raise _no_cluster(f"{host}:{port}", error) from error
 
 
-def _no_cluster(address: str, error: Exception) -> UsageError:
+def _no_cluster(address: str | None, error: Exception) -> UsageError:
+    if address is None:
+        return UsageError(
+            "Ray can't be started on this machine", where=str(error).strip().splitlines()[:2], hint="see its logs"
+        )
     return UsageError(
         f"there is no Ray cluster at `{address}`",
         where=str(error).strip().splitlines()[:2],

@@ -27,6 +27,7 @@ from vptq.models.architecture import Skeleton, load_skeleton, resolve_folder
 from vptq.models.device import forced_dtype, resolve_device
 from vptq.models.files import save_json, writing_to
 from vptq.models.headers import fingerprint, folder_bytes
+from vptq.models.remote import is_url
 from vptq.models.runner import BlockRunner
 from vptq.models.stream import TensorSource
 from vptq.pipeline.codebooks import prepare_codebooks
@@ -206,7 +207,7 @@ class _Run:
             if i.name not in self.kept
         }
         hessians = sum(4 * size**2 for _, _, size in fresh) if self.store is not None else 0
-        if self.tokens is not None:
+        if self.tokens is not None and not is_url(self.config.output_dir):  # what is handed over does not lie here, then
             hessians += scratch_bytes(self._passage(None), self.executor.count)
         already = folder_bytes(job.folder) if job is not None else 0
         check_disk(self.config, self.plan, self.source, already=already, hessians=hessians)

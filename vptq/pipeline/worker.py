@@ -41,11 +41,12 @@ class Setup:
     """What a worker in a process of its own needs to begin: settings are in the run folder.
 
     Attributes:
-        mirror: where the run folder really is, if that is behind a URL.
+        scratch: where sums are handed over. mirror: where the run folder really is, if that is behind a URL.
         threads: of a CPU worker, as many as one process would use alone: sums depend on how threads share them.
     """
 
     run_folder: Path
+    scratch: Path
     mirror: Mirror | None
     model_folder: Path
     base_prefix: str
@@ -88,9 +89,9 @@ class Worker:
         job = Job.at(setup.run_folder)
         skeleton = load_skeleton(setup.model_folder, setup.trust_remote_code, forced_dtype(device))
         source = open_folder(setup.model_folder, setup.base_prefix, setup.fold, device)
-        path = fetch(job.scratch / TOKENS)
+        path = fetch(setup.scratch / TOKENS)
         tokens = load_file(path)["tokens"] if path.exists() else None
-        return cls(job, skeleton, source, device, tokens, number, job.scratch)
+        return cls(job, skeleton, source, device, tokens, number, setup.scratch)
 
     def do(self, work: Work, progress: Callable[[float], None], tries: int = 0, short_of_memory: int = 0) -> Any:
         """The answer to a work, see there; futures of it where files are written, which is done while others are at work.

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -58,13 +59,14 @@ class Given:
 
     def hand_over(self) -> Setup:
         """Put what workers need where they find it."""
-        self.job.make_scratch()
+        scratch = self.job.make_scratch().absolute()
         if self.tokens is not None:
-            save_tensors(self.job.scratch / TOKENS, {"tokens": self.tokens})
+            save_tensors(scratch / TOKENS, {"tokens": self.tokens})
         fold = self.source.fold if isinstance(self.source, FoldedFolder) else None
         folder = self.job.folder.absolute()  # others may work in another folder
         model, threads = self.source.folder.absolute(), torch.get_num_threads()
-        return Setup(folder, mirror_of(folder), model, self.source.base_prefix, fold, self.trust_remote_code, threads)
+        prefix, code = self.source.base_prefix, self.trust_remote_code
+        return Setup(folder, scratch, mirror_of(folder), model, prefix, fold, code, threads)
 
 
 class InProcess:
@@ -119,12 +121,15 @@ class Pooled:
         self.count, self.device, self.crew = count, device, crew
         self.pool = WorkerPool(count, crew)
         self.job: Job | None = None
+        self.scratch: Path | None = None
 
     def begin(self, run: Given) -> None:
         """Tell the crew what it is about; `run.note` is told of workers that die or run out of memory."""
         run.job.drop_scratch()  # of a run that was killed
         self.job, self.pool.note = run.job, run.note
-        self.crew.set_out(run.hand_over())
+        setup = run.hand_over()
+        self.scratch = setup.scratch
+        self.crew.set_out(setup)
 
     def run(self, schedule: Schedule) -> None:
         """Do all works of a schedule.
@@ -146,8 +151,9 @@ class Pooled:
     def close(self) -> None:
         """End all workers."""
         self.pool.close()
-        if self.job is not None:
-            self.job.drop_scratch()
+        if self.job is not None and self.scratch is not None:
+            self.job.drop_scratch(self.scratch)
+            self.scratch = None
 
 
 def start_processes(device: torch.device, count: int) -> Pooled:

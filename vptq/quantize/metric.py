@@ -48,23 +48,30 @@ def factor_inverse(metric: Tensor, damping_frac: float) -> InverseFactor:
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     frac = damping_frac
     for retry in range(MAX_RETRIES + 1):
-        reversed_metric = metric.flip(0, 1).double()
-        reversed_metric.diagonal().add_(frac * mean)
-        lower, failed = torch.linalg.cholesky_ex(reversed_metric)
-        del reversed_metric  # a large layer's float64 matrices are gigabytes: at most two live at a time
-        if not failed.item():
-            upper = lower.mT.flip(0, 1).mT  # columns first, as the solver takes it without a copy
-            del lower
-            inverse = torch.eye(len(upper), dtype=torch.float64, device=upper.device).mT
-            torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
-            del upper
-            if torch.isfinite(inverse).all():
-                return InverseFactor(inverse.to(torch.float32, memory_format=torch.contiguous_format), frac, retry)
+        inverse = _inverse_factor(metric, frac * mean)
+        if inverse is not None:
+            return InverseFactor(inverse, frac, retry)
         frac = frac * 10 if frac > 0 else FIRST_RETRY_FRAC
     raise NumericalError(
         "the Hessian can't be factored, however much it is damped",
         hint="calibrate with more tokens, or look for extreme activations in this model",
     )
+
+
+def _inverse_factor(metric: Tensor, damping: Tensor) -> Tensor | None:
+    """U in float32, or None. A large layer's float64 matrices are gigabytes: at most two live at a time."""
+    reversed_metric = metric.flip(0, 1).double()
+    reversed_metric.diagonal().add_(damping)
+    lower, failed = torch.linalg.cholesky_ex(reversed_metric)
+    del reversed_metric
+    if failed.item():
+        return None
+    upper = lower.mT.flip(0, 1).mT  # columns first, as the solver takes it without a copy
+    del lower
+    inverse = torch.eye(len(upper), dtype=torch.float64, device=upper.device).mT
+    torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+    del upper
+    return inverse.to(torch.float32, memory_format=torch.contiguous_format) if torch.isfinite(inverse).all() else None
 
 
 def trace_products(rows: Tensor, metric: Tensor) -> float:
