@@ -68,7 +68,7 @@ def test_error_is_what_the_dequantized_weight_has(case, shape, books, generator)
 
 
 def test_trellis_beats_vectors_at_equal_bits_and_feedback_beats_none(generator):
-    weight, hessian = problem(256, 48, generator)
+    weight, hessian = problem(128, 48, generator)
     main, table = gaussian_codebook(2, 16, CPU), gaussian_trellis(1, Trellis(7, 2), CPU)
     vectors = quantize_linear(weight, hessian, shared(vector_lens=(-1, 2)), shared=stored([main]))[1].error
     config = shared(vector_lens=(-1, 1), num_centroids=(-1, 128), trellis_bits=2)
