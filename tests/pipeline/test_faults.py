@@ -28,8 +28,8 @@ SEED = int(os.environ.get("VPTQ_TEST_SEED", time.time_ns() % 10**6))
 
 
 def numbered(ordinary):
-    """Ten moments, but for `-m slow` only the first ones."""
-    return [pytest.param(n, marks=[pytest.mark.slow] if n >= ordinary else []) for n in range(10)]
+    """Ten moments; in the ordinary suite only the first ones."""
+    return [pytest.param(n, marks=[pytest.mark.slow, pytest.mark.ci] if n >= ordinary else []) for n in range(10)]
 
 
 @pytest.fixture
