@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vptq.errors import UsageError
-from vptq.models.remote import PARTIAL, mirror_of, publish, writing
+from vptq.models.remote import mirror_of, partial_of, publish, writing
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -43,7 +43,7 @@ def standing_folder(path: Path) -> Path:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """The path to write at; what is there when the block ends well appears under `path`, at once, and behind its URL."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    partial = partial_of(path)
     with writing_to(path):
         if mirror_of(path) is not None:
             path.parent.mkdir(parents=True, exist_ok=True)  # another machine may have made it

@@ -46,7 +46,7 @@ def lock_folder(folder: Path) -> FolderLock:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _taken(folder, "wait until it is done, or stop it, and resume then") from None
+        raise _taken(folder) from None
     except OSError as error:
         raise UsageError(
             f"files in `{folder}` can't be locked",
@@ -71,7 +71,7 @@ class _Lease:
         self._renew()
         time.sleep(SETTLES_IN)
         if not self._is_ours():  # somebody else was there in the same moment
-            raise _taken(folder, "wait until it is done, or stop it, and resume then")
+            raise _taken(folder)
         self.is_lost = False
         self._ended = threading.Event()
         self._renewer = threading.Thread(target=self._keep, daemon=True, name="lease")
@@ -108,5 +108,5 @@ class _Lease:
             return None
 
 
-def _taken(folder: Path, hint: str) -> UsageError:
+def _taken(folder: Path, hint: str = "wait until it is done, or stop it, and resume then") -> UsageError:
     return UsageError(f"another process works in `{shown(folder)}`", hint=hint)

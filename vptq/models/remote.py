@@ -24,6 +24,11 @@ OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss"}
 PARTIAL = ".partial"  # end of a name that something has until it is whole
 
 
+def partial_of(path: Path) -> Path:
+    """Where this process writes a file until it is whole."""
+    return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+
+
 @dataclass(frozen=True)
 class Mirror:
     """A URL and the folder that stands for it: small enough to send to other machines, where the folder may be empty."""
@@ -96,7 +101,7 @@ def publish(path: Path, content: Path | None = None) -> None:
         if _is_object_store(mirror.filesystem):
             mirror.filesystem.put_file(str(content or path), whole)
         else:
-            part = f"{whole}.{os.getpid()}{PARTIAL}"
+            part = mirror.url_of(partial_of(path))
             mirror.filesystem.put_file(str(content or path), part)
             mirror.filesystem.mv(part, whole)
 
@@ -115,7 +120,7 @@ def fetch(path: Path) -> Path:
     if mirror is not None and not path.exists():
         with _asking(mirror.url_of(path)), contextlib.suppress(FileNotFoundError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+            partial = partial_of(path)
             mirror.filesystem.get_file(mirror.url_of(path), str(partial))
             os.replace(partial, path)
     return path
@@ -186,7 +191,7 @@ def reading(path: Path) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def writing(mirror: Mirror, path: Path) -> Iterator[BinaryIO]:
     """A stream into a file behind a URL, past the mirror; it is there when the stream is closed, whole or not at all."""
-    part, whole = mirror.url_of(path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")), mirror.url_of(path)
+    part, whole = mirror.url_of(partial_of(path)), mirror.url_of(path)
     with _asking(whole, missing=True):
         make_parent(mirror, path)
         file = mirror.filesystem.open(part, "wb", block_size=STREAM_BYTES)

@@ -22,6 +22,7 @@ from vptq.checkpoint.writer import MAX_SHARD_BYTES
 from vptq.config import QuantConfig
 from vptq.evaluation.perplexity import BATCH_TOKENS
 from vptq.models.architecture import Skeleton
+from vptq.models.device import forced_dtype
 from vptq.pipeline.cost import fisher_units, forward_units, hessian_units, linear_units
 from vptq.pipeline.plan import LinearPlan, RunPlan, result_bytes
 from vptq.pipeline.rates import Rates
@@ -76,7 +77,7 @@ def estimate(
     passage = Passage(skeleton, plan, tokens, shares, last, calibration.sequential, weighted=weighted)
     seconds_of = _seconds_of(passage, rates)
     seconds, worker_seconds = _play(config, passage, seconds_of, workers)
-    if calibration.hessian == "fisher":
+    if weighted:
         weighing = fisher_units(plan, tokens) / rates.forward_units
         seconds, worker_seconds = seconds + weighing / len(shares), worker_seconds + weighing
     if config.bits is not None:
@@ -84,7 +85,7 @@ def estimate(
         seconds, worker_seconds = seconds + measuring / len(shares), worker_seconds + measuring
     results = plan.bits.file_bits // 8 if config.save_packed_model else 0
     total = seconds + rates.start_seconds + results / rates.disk_bytes
-    itemsize = FLOAT if rates.device == "cpu" else skeleton.dtype.itemsize  # as blocks run
+    itemsize = (forced_dtype(torch.device(rates.device)) or skeleton.dtype).itemsize
     weights = sum(linear.bits.num_weights for linear in plan.linears) * skeleton.dtype.itemsize
     handed_over = len(skeleton.blocks) * sums_bytes(passage) if workers > 1 else 0
     stored = sum(linear.bits.stored for linear in plan.everything) // 8

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from vptq.errors import RunError, VptqError
+from vptq.pipeline.schedule import Schedule
 
 MOST_TRIES = 3  # of one piece of work
 MOST_FAILED_STARTS = 3  # in a row, of one worker that dies before it can work
@@ -37,25 +38,11 @@ class Try:
         return Try(self.work, (*self.reasons, reason), self.short_of_memory + short_of_memory)
 
 
-class Works(Protocol):
-    """What there is to do: see `schedule.Schedule`, which this is."""
-
-    def take(self, worker: int, alive: Sequence[int]) -> Any: ...
-
-    def retried(self, work: Any, worker: int) -> None: ...
-
-    def done(self, work: Any, answer: Any) -> None: ...
-
-    def advanced(self, work: Any, part: float) -> None: ...
-
-    @property
-    def finished(self) -> bool: ...
-
-
 class Crew(Protocol):
     """Workers by number.
 
     Methods:
+        set_out: tell all of them, those still to come as well, what the run is about.
         begin: start a worker, or see that a dead one comes back; it says STARTED when it is there.
         send: give a worker something to do. What it says is FREE once it can take another, and, in the order in which it was
             given them, DONE, NO_MEMORY or FAILED with a value for each; PROGRESS of the last one on the way. When it is found
@@ -63,6 +50,8 @@ class Crew(Protocol):
         listen: what workers said, (number, what, value) each; waits for something, no longer than so many seconds if given.
         end: stop all, whatever they are at.
     """
+
+    def set_out(self, setup: Any) -> None: ...
 
     def begin(self, number: int) -> None: ...
 
@@ -106,7 +95,7 @@ class WorkerPool:
                 self._begun[number] = time.monotonic()
                 self.crew.begin(number)
 
-    def run(self, works: Works) -> None:
+    def run(self, works: Schedule) -> None:
         """Do all works.
 
         Raises:
@@ -150,7 +139,7 @@ class WorkerPool:
         for given in self._given.values():
             given.clear()
 
-    def _hand_out(self, waiting: deque[Try], works: Works) -> None:
+    def _hand_out(self, waiting: deque[Try], works: Schedule) -> None:
         alive = [number for number in range(self.count) if number not in self._dead | self._late]
         for number in sorted(self._free):
             if waiting:

@@ -40,7 +40,7 @@ def start_actors(count: int, address: str | None, device: str | None) -> Pooled:
 
 
 class _RayCrew:
-    """A `WorkerCrew` of actors."""
+    """A `pool.Crew` of actors."""
 
     def __init__(self, ray: Any, device: torch.device) -> None:
         self.ray, self.device = ray, device
@@ -121,18 +121,20 @@ def _connect(address: str | None) -> Any:
         import ray
     except ImportError:
         raise UsageError("--executor ray needs Ray", hint="pip install 'vptq[ray]', on every machine of the cluster") from None
-    _see_that_it_listens(address)
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _see_that_it_listens(address)
     own: dict[str, Any] = {} if address else {"include_dashboard": False}
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise _no_cluster(address or os.environ.get("RAY_ADDRESS"), error) from error
+        raise _no_cluster(address, error) from error
     return ray
 
 
-def _see_that_it_listens(address: str | None) -> None:
+def _see_that_it_listens(address: str) -> None:
     """Ray itself tries for many minutes."""
-    host, _, port = (address or os.environ.get("RAY_ADDRESS", "")).removeprefix("ray://").rpartition(":")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         try:
             socket.create_connection((host, int(port)), SECONDS_TO_CONNECT).close()
@@ -141,7 +143,7 @@ def _see_that_it_listens(address: str | None) -> None:
 
 
 def _no_cluster(address: str | None, error: Exception) -> UsageError:
-    if address is None:
+    if not address:
         return UsageError(
             "Ray can't be started on this machine", where=str(error).strip().splitlines()[:2], hint="see its logs"
         )

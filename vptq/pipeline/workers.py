@@ -108,16 +108,10 @@ class InProcess:
             self.worker.close()
 
 
-class WorkerCrew(Crew, Protocol):
-    """A crew that is told what the run is about once that is known."""
-
-    def set_out(self, setup: Setup) -> None: ...
-
-
 class Pooled:
     """Works shared out to a crew of `count`."""
 
-    def __init__(self, count: int, device: torch.device, crew: WorkerCrew) -> None:
+    def __init__(self, count: int, device: torch.device, crew: Crew) -> None:
         self.count, self.device, self.crew = count, device, crew
         self.pool = WorkerPool(count, crew)
         self.job: Job | None = None
