@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import make_tiny_llama
 from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
 from vptq.errors import NumericalError, UsageError
+from vptq.models.architecture import DEMO
 from vptq.pipeline.evaluate import evaluate_model
 from vptq.pipeline.job import Job
 from vptq.pipeline.progress import Silent
@@ -109,10 +110,13 @@ def test_resume_refuses_changed_settings_by_name(tiny_llama, text_file, tmp_path
         quantize_model(QuantConfig.from_flat(given), resume=stop.folder, given=given)
 
 
-def test_resume_keeps_where_the_work_was_done(tiny_llama, text_file, tmp_path):
+def test_resume_keeps_where_the_work_was_done(tiny_llama, tmp_path):
+    text = {"nsamples": 64, "seq_len": 128}  # of two runs: one worker alone does not finish it before the other has come
     stop = Stop(1)
     with pytest.raises(KeyboardInterrupt):
-        quantize_model(config_of(tiny_llama, text_file, tmp_path, device="cpu", num_gpus=1), progress=stop)
+        quantize_model(
+            config_of(tiny_llama, DEMO / "calibration.txt", tmp_path, device="cpu", num_gpus=1, **text), progress=stop
+        )
     job = json.loads((stop.folder / "job.json").read_text())
     job["settings"]["num_gpus"] = 2
     (stop.folder / "job.json").write_text(json.dumps(job))
