@@ -13,6 +13,7 @@ CodebookSource = Literal["gaussian", "model"]
 ScaleScope = Literal["linear", "row"]
 HessianKind = Literal["input", "fisher"]
 ExecutorKind = Literal["local", "ray"]
+TrainableKind = Literal["codebooks", "scales", "offsets", "norms", "head"]
 OFF = -1
 MAX_CENTROIDS = 65536
 MAX_VECTOR_LEN = 32

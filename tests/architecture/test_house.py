@@ -16,7 +16,7 @@ FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 # From the street up: a room may import from its own floor's file or from a room further down in this list, never up.
 FLOORS = [
     "errors", "recipe", "checks", "config", "geometry", "layer_config", "backend", "data", "models", "bits", "calibration",
-    "quantize", "nn", "evaluation", "checkpoint", "pipeline", "cli",
+    "quantize", "nn", "evaluation", "checkpoint", "finetune", "pipeline", "cli",
 ]  # fmt: skip
 INSIDE = {  # order of files within a room, from the street up
     "models": [
@@ -76,12 +76,12 @@ INSIDE = {  # order of files within a room, from the street up
         "vectors",
         "rings",
         "kernels.tiles",
+        "kernels.turns",
         "ops",
         "operands",
         "reference",
         "kernels.packed",
         "kernels.products",
-        "kernels.turns",
         "kernels.attention",
         "kernels.fused",
         "kernels.operator",
@@ -94,6 +94,7 @@ INSIDE = {  # order of files within a room, from the street up
         "replace",
     ],
     "checkpoint": ["names", "writer", "reader", "transformers_bridge"],
+    "finetune": ["trainable", "fit", "distill", "blockwise"],
     "pipeline": [
         "progress",
         "codebooks",
@@ -107,6 +108,7 @@ INSIDE = {  # order of files within a room, from the street up
         "allocation",
         "plan",
         "cost",
+        "run_folder",
         "job",
         "outcome",
         "first_plan",

@@ -44,6 +44,39 @@ def check(matrix, plain, generator, device):
             assert (y.double() - right).square().mean().sqrt() <= allowed + floor
 
 
+def check_gradients(matrix, generator, device):
+    """Those of the codebooks, from kernel and plainly."""
+    from vptq.nn.kernels.tiles import gradients_by_kernel
+
+    shape = ops.weight(matrix).shape
+    gradient = torch.randn(shape[1], shape[0], generator=generator).to(device, matrix.dtype).T  # not contiguous
+    names = [n for n in ("main", "residual", "table") if getattr(matrix, n, None) is not None]
+    plain = ops._plain_gradients(in_type(matrix, torch.float32), gradient)
+    found = gradients_by_kernel(matrix, gradient)
+    assert len(found) == len(names)
+    for own, expected in zip(found, plain, strict=True):
+        assert own.dtype == torch.float32
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
+
+
+@FORM
+def test_gradients_of_codebooks(form, generator, kernel_device):
+    check_gradients(vector_matrix(form, generator, kernel_device)[0], generator, kernel_device)
+
+
+@pytest.mark.parametrize("state_bits, step_bits, vector_len", RINGS)
+def test_gradients_of_tables(state_bits, step_bits, vector_len, generator, kernel_device):
+    check_gradients(ring_matrix(state_bits, step_bits, vector_len, generator, kernel_device), generator, kernel_device)
+
+
+def test_gradients_in_several_copies(generator, kernel_device, monkeypatch):
+    from vptq.nn.kernels import tiles
+
+    for copies in (1, 3):
+        monkeypatch.setattr(tiles, "MOST_COPIES", copies)
+        check_gradients(vector_matrix("residual", generator, kernel_device)[0], generator, kernel_device)
+
+
 @FORM
 def test_vectors(form, dtype, generator, kernel_device):
     if dtype == torch.bfloat16 and form not in ("residual", "along inputs, padded"):

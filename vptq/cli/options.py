@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -14,6 +14,7 @@ from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
 from vptq.errors import UsageError
 from vptq.recipe import DEFAULT_SEQ_LEN, RECIPE, VECTOR_SETTINGS
 
+QUANTIZING = (QuantConfig, CalibrationConfig, LinearConfig)
 ALIASES = {"num_red_centroids": "num_res_centroids", "model": "model_name"}
 FORMS = "numbers as 8, pairs as -1 8 (in YAML [-1, 8]), booleans as True or False"
 TRUE_WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -26,6 +27,11 @@ GROUP_TITLES = {
     "algorithm": "algorithm",
     "results": "results",
     "devices": "devices",
+    "tuning": "what is trained",
+    "text": "text",
+    "training": "training",
+    "distillation": "end to end",
+    "lora": "LoRA",
 }
 
 
@@ -115,6 +121,8 @@ def _argument(f: dataclasses.Field, hint: Any) -> dict[str, Any]:
     keywords: dict[str, Any] = {"help": text.replace("%", "%%")}
     if _is_pair(hint):
         return keywords | {"nargs": 2, "metavar": tuple(f.metadata["metavar"].split())}
+    if _is_list(hint):
+        return keywords | {"nargs": "+", "metavar": f.metadata["metavar"] or "STR"}
     if _base_type(hint) is bool:
         return keywords | {"nargs": "?", "const": "True", "metavar": "BOOL"}
     if get_origin(hint) is Literal:
@@ -122,18 +130,18 @@ def _argument(f: dataclasses.Field, hint: Any) -> dict[str, Any]:
     return keywords | {"metavar": _base_type(hint).__name__.upper()}
 
 
-def field_types() -> dict[str, Any]:
-    """Type of every setting by its flag name."""
+def field_types(kinds: Sequence[type] = QUANTIZING) -> dict[str, Any]:
+    """Type of every setting by its flag name, for some config classes."""
     found: dict[str, Any] = {}
-    for kind in (QuantConfig, CalibrationConfig, LinearConfig):
+    for kind in kinds:
         hints = get_type_hints(kind)
         found |= {f.name: hints[f.name] for f in dataclasses.fields(kind) if "help" in f.metadata}
     return found
 
 
-def parse_values(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
+def parse_values(raw: Mapping[str, Any], origin: str, kinds: Sequence[type] = QUANTIZING) -> dict[str, Any]:
     """Typed values from words or YAML values; all that do not parse are named at once. origin: for the message."""
-    hints, values, faults = field_types(), {}, []
+    hints, values, faults = field_types(kinds), {}, []
     for name, value in raw.items():
         try:
             values[name] = _convert(value, hints[name])
@@ -156,6 +164,8 @@ def _convert(value: Any, hint: Any) -> Any:
         if isinstance(value, str) or len(value) != 2:
             raise ValueError
         return [_convert(v, int) for v in value]
+    if _is_list(hint):
+        return [_convert(v, str) for v in ([value] if isinstance(value, str) else value)]
     if get_origin(hint) is Literal:
         return str(value)  # the config checks the choice
     base = _base_type(hint)
@@ -181,7 +191,12 @@ def _to_bool(value: Any) -> bool:
 
 
 def _is_pair(hint: Any) -> bool:
-    return get_origin(hint) is tuple
+    return get_origin(hint) is tuple and not _is_list(hint)
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether it is a tuple of any length, or that or None."""
+    return any(get_origin(part) is tuple and get_args(part)[-1] is Ellipsis for part in (hint, *get_args(hint)))
 
 
 def _base_type(hint: Any) -> type:
@@ -193,6 +208,8 @@ def _base_type(hint: Any) -> type:
 def _describe(hint: Any) -> str:
     if _is_pair(hint):
         return "two whole numbers"
+    if _is_list(hint):
+        return "one or more words"
     names = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
     return names.get(_base_type(hint), "a valid value")
 
@@ -204,8 +221,8 @@ def positive(word: str) -> int:
     return int(word)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Settings of a YAML file. Raises UsageError with path and reason."""
+def read_yaml(path: Path, kinds: Sequence[type] = QUANTIZING) -> dict[str, Any]:
+    """Settings of a YAML file, of some config classes. Raises UsageError with path and reason."""
     import yaml
 
     try:
@@ -221,10 +238,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UsageError(f"config file `{path}` must hold `name: value` lines")
     settings = {ALIASES.get(str(k).replace("-", "_"), str(k).replace("-", "_")): v for k, v in loaded.items()}
-    unknown = sorted(set(settings) - set(field_types()) - {"enable_transpose"})
+    known = field_types(kinds)
+    unknown = sorted(set(settings) - set(known) - ({"enable_transpose"} if kinds == QUANTIZING else set()))
     if unknown:
-        close = [m for name in unknown for m in difflib.get_close_matches(name, field_types(), n=1, cutoff=0.75)]
-        hint = f"did you mean {', '.join(close)}?" if close else "see `vptq quantize --help` for the names"
+        close = [m for name in unknown for m in difflib.get_close_matches(name, known, n=1, cutoff=0.75)]
+        hint = f"did you mean {', '.join(close)}?" if close else "the names are those of the flags, see --help"
         raise UsageError(f"unknown settings in `{path}`", where=unknown, hint=hint)
     return settings
 
@@ -244,18 +262,18 @@ def with_defaults(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def merge_settings(flags: Mapping[str, Any], config_file: str | None) -> dict[str, Any]:
+def merge_settings(flags: Mapping[str, Any], config_file: str | None, kinds: Sequence[type] = QUANTIZING) -> dict[str, Any]:
     """What the user set: flags over file. `--enable_transpose` is folded into `vector_quant_dim`."""
     merged: dict[str, Any] = {}
     if config_file is not None:
         path = Path(config_file).expanduser()
-        merged |= _typed(read_yaml(path), f"`{path}`")
-    return merged | _typed(flags, "the flags")
+        merged |= _typed(read_yaml(path, kinds), f"`{path}`", kinds)
+    return merged | _typed(flags, "the flags", kinds)
 
 
-def _typed(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
+def _typed(raw: Mapping[str, Any], origin: str, kinds: Sequence[type]) -> dict[str, Any]:
     transpose = raw.get("enable_transpose")
-    values = parse_values({k: v for k, v in raw.items() if k != "enable_transpose"}, origin)
+    values = parse_values({k: v for k, v in raw.items() if k != "enable_transpose"}, origin, kinds)
     if transpose is None:
         return values
     try:

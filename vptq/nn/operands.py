@@ -49,11 +49,15 @@ class Operands:
         )
 
     def product(self, x: Tensor) -> Tensor:
-        """x Wᵀ for a few rows: (n, in_features) float -> (n, out_features) in x's type; W rotated as it is stored."""
-        inputs = x.float()
-        added = None if self.offset is None else inputs @ self.offset
+        """x Wᵀ: (n, in_features) float -> (n, out_features) in x's type; W rotated as it is stored.
+
+        Scales and offsets act in float32, the rest in the type of the codebooks. Gradients go wherever they are asked for.
+        """
+        inputs = x
         if self.scale is not None:
-            inputs = inputs * self.scale
+            inputs = inputs.float() * self.scale
+        added = None if self.offset is None else x.float() @ self.offset
+        inputs = inputs.to(self.main.dtype)
         if self.perm is not None:
             inputs = inputs.index_select(1, self.perm)
         if self.outliers is not None:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, library
 
 from vptq.backend import use_kernels
+from vptq.nn.kernels.nvrtc import kernels_run
+from vptq.nn.kernels.turns import Turn, cut_turn, turns
 from vptq.nn.rings import RingMatrix, ring_product, ring_weight
 from vptq.nn.vectors import VectorMatrix, split_vectors_of, vector_product, vector_weight
 from vptq.quantize.rotation import Rotation
 from vptq.quantize.trellis import Trellis
 
+SHORT_FLOATS = (torch.float16, torch.bfloat16)
 # Spelled out: older versions of torch don't read annotations that are strings.
 VECTOR_SIZES = "SymInt out_features, SymInt group_size, bool along_out, SymInt main_bits, SymInt residual_bits) -> Tensor"
 RING_SIZES = "SymInt out_features, SymInt ring_len, SymInt state_bits, SymInt step_bits) -> Tensor"
@@ -134,6 +137,9 @@ def _(words: Tensor, table: Tensor, out_features: int, *_sizes: Any) -> Tensor:
 )
 def _rotate(x: Tensor, seed: int, side: str, blocks: int, back: bool) -> Tensor:
     rotation = Rotation(x.shape[-1], seed, "in" if side == "in" else "out", blocks)
+    if x.dtype in SHORT_FLOATS and x.is_cuda and use_kernels(x.device) and cut_turn(rotation) and kernels_run(x.device):
+        rows = Turn(x.reshape(-1, x.shape[-1]).contiguous(), rotation)
+        return turns([rows], x.dtype, back)[0].view(x.shape)
     return (rotation.undo(x) if back else rotation.apply(x)).contiguous()
 
 
@@ -142,33 +148,43 @@ def _(x: Tensor, *_settings: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _vector_gradients(matrix: VectorMatrix, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-    """From the gradient of the matrix to those of its codebooks: (out_features, columns) -> as main, as residual."""
+def _book_gradients(matrix: VectorMatrix | RingMatrix, gradient: Tensor) -> list[Tensor]:
+    """From the gradient of the matrix, (out_features, columns), to those of its codebooks, in their shapes and type."""
+    if _takes(matrix, gradient):
+        from vptq.nn.kernels.tiles import gradients_by_kernel
+
+        sums = gradients_by_kernel(matrix, gradient)
+    else:
+        sums = _plain_gradients(matrix, gradient)
+    return [own.to(matrix.dtype) for own in sums]
+
+
+def _plain_gradients(matrix: VectorMatrix | RingMatrix, gradient: Tensor) -> list[Tensor]:
+    """As `_book_gradients`, float32."""
+    if isinstance(matrix, RingMatrix):
+        return [_table_gradient(matrix, gradient)]
     vectors = split_vectors_of(gradient.to(matrix.main.dtype), matrix)
-    books = [matrix.main] if matrix.residual is None else [matrix.main, matrix.residual]
-    found = [torch.zeros_like(book, dtype=torch.float32) for book in books]
+    found = [torch.zeros_like(book, dtype=torch.float32) for book in matrix.books]
     for group in range(len(matrix.words)):
         indices = matrix.indices(group, slice(None))
         for sums, index in zip(found, indices, strict=False):
             assert index is not None
             sums[group].index_add_(0, index.flatten(), vectors[group].flatten(0, 1).float())
-    gradients = [sums.to(book.dtype) for sums, book in zip(found, books, strict=True)]
-    return gradients[0], gradients[1] if len(gradients) > 1 else None
+    return found
 
 
-def _ring_gradient(matrix: RingMatrix, gradient: Tensor) -> Tensor:
-    """From the gradient of the matrix, (out_features, columns), to that of its table."""
+def _table_gradient(matrix: RingMatrix, gradient: Tensor) -> Tensor:
     rings, columns = len(matrix.words), gradient.shape[1]
     padded = torch.nn.functional.pad(gradient, (0, 0, 0, rings * matrix.height - len(gradient)))
     vectors = padded.reshape(rings, matrix.ring_len, -1, columns).transpose(2, 3)
     sums = torch.zeros_like(matrix.table, dtype=torch.float32)
     sums.index_add_(0, matrix.windows(slice(None), 1).flatten(), vectors.flatten(0, 2).float())
-    return sums.to(matrix.table.dtype)
+    return sums
 
 
 def _of_matrix(gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient of W in x Wᵀ: (n, out_features) and (n, columns) -> (out_features, columns) float32."""
-    return gradient.float().T @ x.float()
+    """The gradient of W in x Wᵀ: (n, out_features) and (n, columns) -> (out_features, columns), summed in float32."""
+    return gradient.T @ x if gradient.dtype == x.dtype else gradient.float().T @ x.float()
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -181,28 +197,34 @@ def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _vector_product_back(ctx: Any, gradient: Tensor) -> tuple:
     x, words, main, residual = ctx.saved_tensors
     matrix = VectorMatrix(words, main, residual, *ctx.sizes)
-    books: tuple[Tensor | None, Tensor | None] = (None, None)
+    books: list[Tensor | None] = [None, None]
     if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-        books = _vector_gradients(matrix, _of_matrix(gradient, x))
+        books = _pair(_book_gradients(matrix, _of_matrix(gradient, x)))
     back = gradient @ weight(matrix).to(gradient.dtype) if ctx.needs_input_grad[0] else None
     return (back, None, *books, None, None, None, None, None)
 
 
 def _vector_weight_back(ctx: Any, gradient: Tensor) -> tuple:
-    return (None, *_vector_gradients(VectorMatrix(*ctx.saved_tensors, *ctx.sizes), gradient), None, None, None, None, None)
+    books = _pair(_book_gradients(VectorMatrix(*ctx.saved_tensors, *ctx.sizes), gradient))
+    return (None, *books, None, None, None, None, None)
+
+
+def _pair(books: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of main and residual codebook; None for one that is not there."""
+    return [*books, *[None] * (2 - len(books))]
 
 
 def _ring_product_back(ctx: Any, gradient: Tensor) -> tuple:
     x, words, table, _ = ctx.saved_tensors
     matrix = _rings_of(words, table, None, *ctx.sizes)
-    own = _ring_gradient(matrix, _of_matrix(gradient, x)) if ctx.needs_input_grad[2] else None
+    own = _book_gradients(matrix, _of_matrix(gradient, x))[0] if ctx.needs_input_grad[2] else None
     back = gradient @ weight(matrix).to(gradient.dtype) if ctx.needs_input_grad[0] else None
     return back, None, own, None, None, None, None, None
 
 
 def _ring_weight_back(ctx: Any, gradient: Tensor) -> tuple:
     words, table = ctx.saved_tensors
-    return None, _ring_gradient(_rings_of(words, table, None, *ctx.sizes), gradient), None, None, None, None
+    return None, _book_gradients(_rings_of(words, table, None, *ctx.sizes), gradient)[0], None, None, None, None
 
 
 _vector_product.register_autograd(_vector_product_back, setup_context=_keep)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vptq.nn.reference import dequantize_rows
@@ -16,7 +15,6 @@ class VQuantEmbedding(VQuantLinear):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) integer token numbers -> (..., in_features), in the type that the scales are kept in."""
-        with torch.no_grad():
-            stored = self.stored_tensors()
-            rows = dequantize_rows(stored, self.layer_config, tokens.reshape(-1))
+        stored = self._tensors()
+        rows = dequantize_rows(stored, self.layer_config, tokens.reshape(-1))
         return rows.to(stored["row_scale"].dtype).view(*tokens.shape, self.in_features)

@@ -170,7 +170,11 @@ class VQuantLinear(nn.Module):
         """By torch's own operations and operators of ours, which know their gradients."""
         rotation = rotation_of(self.layer_config)
         inputs = rotate(x, rotation.across)
-        if self._multiplies_packed(tensors, x):
+        if self._trains(tensors, x):
+            rows = inputs.reshape(-1, self.in_features)
+            matrix = main_matrix(tensors, self.layer_config, x.dtype)
+            found = Operands.of(tensors, self.layer_config, matrix).product(rows).view(*x.shape[:-1], self.out_features)
+        elif self._multiplies_packed(tensors, x):
             rows = inputs.reshape(-1, self.in_features)
             found = self._operands(tensors).product(rows).view(*x.shape[:-1], self.out_features)
         else:
@@ -181,6 +185,12 @@ class VQuantLinear(nn.Module):
     def _check_present(self, tensors: dict[str, Tensor], x: Tensor) -> None:
         if not x.is_meta and any(tensor.is_meta for tensor in tensors.values()):
             raise VptqError("a packed linear's tensors are offloaded", hint="leave `cpu` and `disk` out of device_map")
+
+    def _trains(self, tensors: dict[str, Tensor], x: Tensor) -> bool:
+        """Whether gradients are asked for: then packed tensors alone are kept for the way back, not the weight made of them."""
+        if not torch.is_grad_enabled() or any(tensor.device != x.device for tensor in tensors.values()):
+            return False
+        return _learns(tensors) or (x.requires_grad and not self.cache_weight)
 
     def _multiplies_packed(self, tensors: dict[str, Tensor], x: Tensor) -> bool:
         if self.cache_weight or any(tensor.device != x.device for tensor in tensors.values()):
@@ -265,8 +275,8 @@ class VQuantLinear(nn.Module):
         return make()
 
     def _operands(self, tensors: dict[str, Tensor]) -> Operands:
-        """What products take; made anew where gradients shall reach the codebooks."""
-        if torch.compiler.is_compiling() or _learns(tensors):
+        """What products take, in float32."""
+        if torch.compiler.is_compiling():
             return Operands.of(tensors, self.layer_config, main_matrix(tensors, self.layer_config, torch.float32))
         return self._prepared.get(tensors, lambda: self._make_operands(tensors))
 

@@ -36,7 +36,7 @@ from vptq.pipeline.evaluate import load_windows
 from vptq.pipeline.executors import make_executor
 from vptq.pipeline.first_plan import ALLOCATION, first_plan
 from vptq.pipeline.fold import choose_fold, open_folder
-from vptq.pipeline.job import FREE_ON_RESUME, Job, check_resume
+from vptq.pipeline.job import Job
 from vptq.pipeline.outcome import RunResult, finished_result
 from vptq.pipeline.plan import LinearPlan, RunPlan, check_disk
 from vptq.pipeline.progress import Progress, Silent
@@ -70,10 +70,10 @@ def quantize_model(
         if resume is not None:
             job = Job.load(resume)
             ending.callback(job.unlock)
-            check_resume(job, given or {})
+            job.check_resume(given or {})
             if job.finished:
                 return finished_result(job)
-            free = {name: value for name, value in (given or {}).items() if name in FREE_ON_RESUME}
+            free = {name: value for name, value in (given or {}).items() if name in job.free_on_resume}
             config = QuantConfig.from_flat(job.config.to_flat() | free)
         config.validate()
         if job is not None:

@@ -21,6 +21,8 @@ from vptq.quantize.kernels.launch import current_device, num_programs
 ROWS = 32  # of the matrix, in a tile
 COLUMNS = 64
 LOOK_UP_ROWS = 8
+MOST_COPIES = 64  # of sums of gradients: many additions to one place wait for each other
+COPIED_NUMBERS = 1 << 20
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -68,6 +70,26 @@ def product_of_partial_sums(x: Tensor, matrix: VectorMatrix) -> Tensor:
     return y
 
 
+def gradients_by_kernel(matrix: VectorMatrix | RingMatrix, gradient: Tensor) -> list[Tensor]:
+    """From the gradient of the matrix, (out_features, columns) float, to those of its codebooks, float32 in their shapes.
+
+    Sums are made by atomic additions, in several copies that are added up after: in no order that could be told beforehand.
+    """
+    tensors, sizes, columns = _arguments(matrix)
+    books = [matrix.table] if isinstance(matrix, RingMatrix) else matrix.books
+    copies = max(1, min(MOST_COPIES, COPIED_NUMBERS // max(book.numel() for book in books)))
+    sums = [torch.zeros(copies, *book.shape, dtype=torch.float32, device=gradient.device) for book in books]
+    gradient = gradient.contiguous()
+    grid = (num_programs(matrix.out_features, ROWS), num_programs(columns, COLUMNS))
+    if gradient.numel():
+        with current_device(gradient):
+            _gradients[grid](
+                gradient, tensors[0], sums[0], sums[-1], *tensors[3:], matrix.out_features, columns, copies,
+                books[0].numel(), books[-1].numel(), ROWS=ROWS, COLUMNS=COLUMNS, **sizes,
+            )  # fmt: skip
+    return [own.sum(0) if copies > 1 else own[0] for own in sums]
+
+
 def _arguments(matrix: VectorMatrix | RingMatrix) -> tuple[list[Any], dict[str, Any], int]:
     """Tensors and sizes as both kernels take them, and the columns of the matrix."""
     words = matrix.words.contiguous()
@@ -103,12 +125,12 @@ def _bits_at(words_ptr, first, following, shift, inside, BITS: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    words_ptr, main_ptr, residual_ptr, row_words, group_rows, group_size, main_size, residual_size, row, column, inside,
+def _places(
+    words_ptr, row_words, group_rows, group_size, main_size, residual_size, row, column, inside,
     LENGTH: tl.constexpr, BITS: tl.constexpr, RES_BITS: tl.constexpr, STEP_BITS: tl.constexpr, ALONG_OUT: tl.constexpr,
     RING: tl.constexpr,
 ):  # fmt: skip
-    """The numbers at some rows and columns, (rows, columns) float32."""
+    """Where the numbers at some rows and columns lie in the codebooks: main, and residual (the same again without one)."""
     if RING > 0:
         # row_words: words of a ring. group_size: columns, which is the way from one word of a ring to the next.
         ring, place = row // (RING * LENGTH), row % (RING * LENGTH)
@@ -117,7 +139,8 @@ def _tile(
         base = (ring * row_words).to(tl.int64) * group_size + column
         following = tl.where(word + 1 == row_words, 0, word + 1)
         index = _bits_at(words_ptr, base + word * group_size, base + following * group_size, start % WORD, inside, BITS)
-        return tl.load(main_ptr + index.to(tl.int64) * LENGTH + place % LENGTH, mask=inside, other=0.0).to(tl.float32)
+        main = index.to(tl.int32) * LENGTH + place % LENGTH
+        residual = main
     else:
         group, own = column // group_size, column % group_size
         if ALONG_OUT:
@@ -127,12 +150,49 @@ def _tile(
         bit = vector.to(tl.int64) * (BITS + RES_BITS)
         first = (group.to(tl.int64) * group_rows + line) * row_words + bit // WORD
         index = _bits_at(words_ptr, first, first + 1, bit % WORD, inside, BITS + RES_BITS)
-        entry = (group * main_size + (index & ((1 << BITS) - 1)).to(tl.int32)) * LENGTH + element
-        value = tl.load(main_ptr + entry, mask=inside, other=0.0).to(tl.float32)
+        main = (group * main_size + (index & ((1 << BITS) - 1)).to(tl.int32)) * LENGTH + element
+        residual = main
         if RES_BITS > 0:
-            entry = (group * residual_size + (index >> BITS).to(tl.int32)) * LENGTH + element
-            value += tl.load(residual_ptr + entry, mask=inside, other=0.0).to(tl.float32)
-        return value
+            residual = (group * residual_size + (index >> BITS).to(tl.int32)) * LENGTH + element
+    return main, residual
+
+
+@triton.jit
+def _tile(
+    words_ptr, main_ptr, residual_ptr, row_words, group_rows, group_size, main_size, residual_size, row, column, inside,
+    LENGTH: tl.constexpr, BITS: tl.constexpr, RES_BITS: tl.constexpr, STEP_BITS: tl.constexpr, ALONG_OUT: tl.constexpr,
+    RING: tl.constexpr,
+):  # fmt: skip
+    """The numbers at some rows and columns, (rows, columns) float32."""
+    main, residual = _places(
+        words_ptr, row_words, group_rows, group_size, main_size, residual_size, row, column, inside,
+        LENGTH, BITS, RES_BITS, STEP_BITS, ALONG_OUT, RING,
+    )  # fmt: skip
+    value = tl.load(main_ptr + main, mask=inside, other=0.0).to(tl.float32)
+    if RES_BITS > 0:
+        value += tl.load(residual_ptr + residual, mask=inside, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _gradients(
+    gradient_ptr, words_ptr, main_ptr, residual_ptr, row_words, group_rows, group_size, main_size, residual_size,
+    out_features, columns, copies, main_numbers, residual_numbers, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    LENGTH: tl.constexpr, BITS: tl.constexpr, RES_BITS: tl.constexpr, STEP_BITS: tl.constexpr, ALONG_OUT: tl.constexpr,
+    RING: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < out_features) & (column < columns)
+    main, residual = _places(
+        words_ptr, row_words, group_rows, group_size, main_size, residual_size, row, column, inside,
+        LENGTH, BITS, RES_BITS, STEP_BITS, ALONG_OUT, RING,
+    )  # fmt: skip
+    slope = tl.load(gradient_ptr + row.to(tl.int64) * columns + column, mask=inside, other=0.0).to(tl.float32)
+    copy = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) % copies
+    tl.atomic_add(main_ptr + copy * main_numbers + main, slope, mask=inside, sem="relaxed")
+    if RES_BITS > 0:
+        tl.atomic_add(residual_ptr + copy * residual_numbers + residual, slope, mask=inside, sem="relaxed")
 
 
 @triton.jit

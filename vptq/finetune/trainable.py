@@ -1,0 +1,151 @@
+"""Which tensors of a packed model train, in which units, and how they come to rest in the type they are stored in.
+
+Indices stay. A tensor's learning rate is the common one times the size of its numbers, as in Adafactor (arXiv:1804.04235):
+scales of 0.05 and centroids of 1 then change by the same part of themselves. Sizes are rounded to powers of two, so that a
+few groups of the optimizer do for thousands of tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vptq.errors import UsageError
+from vptq.nn.vquant_linear import VQuantLinear
+from vptq.recipe import TrainableKind
+
+SMALLEST_UNIT = 2.0**-14
+SUFFIXES: dict[str, TrainableKind] = {
+    "weight_scale": "scales",
+    "row_scale": "scales",
+    "weight_bias": "offsets",
+    "bias": "offsets",
+}
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A tensor that trains.
+
+    Attributes:
+        name: the model's own. parameter: float32, of the model. kind: what it is trained as.
+        stored: float type of the checkpoint. unit: what the learning rate is multiplied by.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    kind: TrainableKind
+    stored: torch.dtype
+    unit: float
+
+    def rounded(self) -> Tensor:
+        """The tensor as the checkpoint will hold it, of the same shape; detached."""
+        return self.parameter.detach().to(self.stored)
+
+
+def trainables(
+    model: nn.Module,
+    kinds: Collection[TrainableKind],
+    stored: torch.dtype,
+    *,
+    head: nn.Module | None = None,
+    prefix: str = "",
+    shared: bool = True,
+) -> list[Trainable]:
+    """Mark what shall learn in `model`, or in a part of it; all else is left without gradients.
+
+    Args:
+        kinds: of tensors to train. stored: float type of the checkpoint.
+        head: the output head; trained only where `kinds` says so. prefix: of the part's names in the whole model.
+        shared: whether codebooks that several linears share are trained.
+    Raises:
+        UsageError: nothing of these kinds is there.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    owners = {module._codebook_owner() for module in model.modules() if isinstance(module, VQuantLinear) and module._owner}
+    found: dict[int, Trainable] = {}
+    heads = _head_parameters(head)
+    for path, module in model.named_modules():
+        for name, parameter in _own_parameters(module):
+            kind: TrainableKind | None = "head" if id(parameter) in heads else _kind_of(module, name)
+            if kind is None or kind not in kinds or not parameter.is_floating_point() or id(parameter) in found:
+                continue
+            if kind == "codebooks" and not shared and module in owners:
+                continue
+            full = ".".join(part for part in (prefix, path, name) if part)
+            found[id(parameter)] = Trainable(full, parameter, kind, stored, _unit_of(module, name, parameter))
+    if not found:
+        raise UsageError(
+            f"nothing of this model is of a kind that is to be trained ({', '.join(sorted(kinds))})",
+            hint="add to --train: codebooks, scales, offsets, norms, head",
+        )
+    for item in found.values():
+        item.parameter.data = item.parameter.data.float()
+        item.parameter.requires_grad_()
+    return list(found.values())
+
+
+def rate_groups(items: list[Trainable], learning_rate: float) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer, one a unit; `learning_rate` is relative to the size of a tensor's numbers."""
+    units: dict[float, list[nn.Parameter]] = {}
+    for item in items:
+        units.setdefault(item.unit, []).append(item.parameter)
+    return [{"params": parameters, "lr": learning_rate * unit, "unit": unit} for unit, parameters in units.items()]
+
+
+@contextlib.contextmanager
+def at_rest(items: list[Trainable]) -> Iterator[None]:
+    """Let the tensors be what a checkpoint would hold of them, and put them back after."""
+    kept = [item.parameter.detach().clone() for item in items]
+    with torch.no_grad():
+        for item in items:
+            item.parameter.copy_(item.rounded())
+    try:
+        yield
+    finally:
+        load_values(items, {item.name: values for item, values in zip(items, kept, strict=True)})
+
+
+@torch.no_grad()
+def load_values(items: list[Trainable], values: Mapping[str, Tensor]) -> None:
+    """Write the tensors' values, each of its tensor's shape, by name."""
+    for item in items:
+        item.parameter.copy_(values[item.name])
+
+
+def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's parameters; those of its codebooks count as a packed linear's own."""
+    yield from module.named_parameters(recurse=isinstance(module, VQuantLinear))
+
+
+def _kind_of(module: nn.Module, name: str) -> TrainableKind | None:
+    if isinstance(module, VQuantLinear):
+        return "codebooks" if "centroids." in name else SUFFIXES.get(name)
+    return "norms" if "norm" in type(module).__name__.lower() else None
+
+
+def _head_parameters(head: nn.Module | None) -> set[int]:
+    if head is None:
+        return set()
+    tensors = [*head.parameters(), *(head._tensors().values() if isinstance(head, VQuantLinear) else ())]
+    return {id(tensor) for tensor in tensors}
+
+
+def _unit_of(module: nn.Module, name: str, parameter: Tensor) -> float:
+    """The size of a tensor's numbers, as a power of two; of an offset, which may be nought, that of the weights."""
+    size = _rms(parameter)
+    if isinstance(module, VQuantLinear) and name == "weight_bias":
+        books = [_rms(tensor) for key, tensor in module.named_parameters() if key == "centroids.weight"]
+        size = _rms(module.get_parameter("weight_scale")) * (books[0] if books else 1.0)
+    return max(2.0 ** round(math.log2(max(size, 1e-30))), SMALLEST_UNIT)
+
+
+def _rms(tensor: Tensor) -> float:
+    return tensor.detach().float().square().mean().sqrt().item()
