@@ -6,6 +6,15 @@ from collections.abc import Iterable
 
 MAX_PLACES_SHOWN = 12
 INTERRUPTED_EXIT_CODE = 130  # after Ctrl-C, as shells have it
+# What libraries say that raise no error of a kind of its own
+NO_MEMORY_SIGNS = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED", "Cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a GPU or of the machine, as far as the error tells; never for a fault told already."""
+    if isinstance(error, VptqError):
+        return False
+    return isinstance(error, MemoryError) or any(sign in f"{type(error).__name__}: {error}" for sign in NO_MEMORY_SIGNS)
 
 
 class VptqError(Exception):

@@ -114,6 +114,25 @@ def open_source(skeleton: Skeleton, device: torch.device) -> TensorSource:
     return DequantizedSource(source, layers, lambda name: packed_tensors(source, name, layers[name]), skeleton.dtype, device)
 
 
+def open_packed(
+    folder: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> tuple[Skeleton, FolderSource, dict[str, LayerConfig]]:
+    """A packed checkpoint whose tensors are not read yet: its model with `VQuantLinear`s, its tensors, its quantized linears.
+
+    Args:
+        dtype: float type that the model will run in; None for the stored one.
+    Raises:
+        CheckpointError: a folder that is missing, damaged, not packed, or of a later format version.
+    """
+    layers = read_layers(folder)
+    skeleton = load_skeleton(folder, trust_remote_code, dtype)
+    source = skeleton.source()
+    check_weights(skeleton, source, quantized=layers)
+    check_packed(source, layers)
+    replace_linears(skeleton.model, layers)
+    return skeleton, source, layers
+
+
 @torch.inference_mode(False)  # what is loaded must serve calls of either kind
 def load_quantized(
     path: str | Path,
@@ -134,13 +153,8 @@ def load_quantized(
     """
     target = resolve_device(str(device))
     folder = resolve_folder(str(path))
-    layers = read_layers(folder)
-    skeleton = load_skeleton(folder, trust_remote_code, dtype)
-    source = skeleton.source()
-    check_weights(skeleton, source, quantized=layers)
-    check_packed(source, layers)
+    skeleton, source, _ = open_packed(folder, dtype, trust_remote_code)
     model = skeleton.model
-    replace_linears(model, layers)
     fill_model(skeleton, source, target, dtype)
     model.config.quantization_config = read_config(folder)["quantization_config"]  # so that saving it again keeps it
     with contextlib.suppress(OSError):

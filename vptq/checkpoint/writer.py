@@ -148,6 +148,61 @@ def write_dequantized(
     _write_model(folder, source, parameters, linears, tensors, read_config(source.folder))
 
 
+def write_changed(
+    folder: Path,
+    source: FolderSource,
+    parameters: Collection[str],
+    layers: Mapping[str, LayerConfig],
+    changed: Mapping[str, Tensor],
+) -> None:
+    """A packed checkpoint with other values of some tensors, or with more of them.
+
+    Args:
+        source: the packed checkpoint. parameters: names of the packed model's parameters, which `changed` uses.
+        layers: its quantized linears, as they are now. changed: tensors on any device, in the type they are stored in.
+    """
+    own_names = {source.file_name(name): name for name in parameters}
+    left = dict(changed)
+    with CheckpointWriter(folder) as writer:
+        for name in source.entries:
+            tensor = left.pop(own_names.get(name, name), None)
+            writer.add(name, source.get_stored(name) if tensor is None else tensor.cpu())
+        for name, tensor in left.items():
+            writer.add(name, tensor.cpu())
+        config = read_config(source.folder)
+        writer.add_json("config.json", config | {"quantization_config": quantization_config(dict(layers))})
+        writer.copy_files(source.folder, with_code="auto_map" in config)
+
+
+def write_unpacked(
+    folder: Path, source: FolderSource, layers: Mapping[str, LayerConfig], weights: Iterator[tuple[str, Tensor]]
+) -> None:
+    """A checkpoint of the original's form from a packed one, `source`.
+
+    Args:
+        layers: its quantized linears. weights: (linear name, weight in the model's type) for those that store one.
+    """
+    config = {key: value for key, value in read_config(source.folder).items() if key != "quantization_config"}
+    if any(layer.weight_of for layer in layers.values()):
+        config["tie_word_embeddings"] = True  # as it was before the head was packed as the embeddings
+    with CheckpointWriter(folder) as writer:
+        for name in source.entries:
+            linear = next((parent for parent in _parents(name) if parent in layers), None)
+            if linear is None or name == f"{linear}.bias":
+                writer.add(name, source.get_stored(name))
+        for name, weight in weights:
+            writer.add(f"{name}.weight", weight)
+        writer.add_json("config.json", config)
+        writer.copy_files(source.folder, with_code="auto_map" in config)
+
+
+def _parents(name: str) -> Iterator[str]:
+    """Modules that a tensor may belong to, the nearest first."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
 def _write_model(
     folder: Path,
     source: FolderSource,

@@ -8,10 +8,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from vptq.errors import INTERRUPTED_EXIT_CODE, UsageError, VptqError
+from vptq.errors import INTERRUPTED_EXIT_CODE, UsageError, VptqError, is_out_of_memory
 
 COMMANDS = {
     "quantize": ("vptq.cli.quantize", "quantize a model: calibration, codebooks, checkpoint, perplexity"),
+    "finetune": ("vptq.cli.finetune", "fine-tune a packed checkpoint: block by block, end to end, or with adapters"),
     "plan": ("vptq.cli.plan", "what a run will do and take: bits, time, memory, disk, and all that is wrong, at once"),
     "eval-ppl": ("vptq.cli.eval_ppl", "perplexity of an original, dequantized or packed model"),
     "eval-kl": ("vptq.cli.eval_kl", "how far a quantized model's predictions are from its original's"),
@@ -80,7 +81,7 @@ def _describe(error: Exception) -> str:
 
 
 def _cure(error: Exception) -> str:
-    if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return "memory ran out: lower --nsamples or --seq_len, or use another --device"
     return "this is a fault of vptq, not yours: run again with --traceback and report it"
 

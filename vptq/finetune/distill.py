@@ -98,7 +98,7 @@ class Distillation:
     def train(self, step: int) -> float:
         """Gradients of a step, summed over processes; the loss."""
         numbers = self.sequences_of(step)
-        loss = self._over(numbers, lambda part: (part / 1).backward())
+        loss = self._over(numbers, lambda part: part.backward())
         if self.reduce is not None:
             for parameter in self.model.parameters():
                 if parameter.requires_grad:

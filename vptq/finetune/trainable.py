@@ -55,6 +55,7 @@ def trainables(
     stored: torch.dtype,
     *,
     head: nn.Module | None = None,
+    head_rate: float = 1.0,
     prefix: str = "",
     shared: bool = True,
 ) -> list[Trainable]:
@@ -62,7 +63,7 @@ def trainables(
 
     Args:
         kinds: of tensors to train. stored: float type of the checkpoint.
-        head: the output head; trained only where `kinds` says so. prefix: of the part's names in the whole model.
+        head: the output head; trained only where `kinds` says so. head_rate: its rate, as a part of the others'. prefix: of the part's names in the whole model.
         shared: whether codebooks that several linears share are trained.
     Raises:
         UsageError: nothing of these kinds is there.
@@ -80,7 +81,8 @@ def trainables(
             if kind == "codebooks" and not shared and module in owners:
                 continue
             full = ".".join(part for part in (prefix, path, name) if part)
-            found[id(parameter)] = Trainable(full, parameter, kind, stored, _unit_of(module, name, parameter))
+            unit = _unit_of(module, name, parameter) * (head_rate if kind == "head" else 1.0)
+            found[id(parameter)] = Trainable(full, parameter, kind, stored, unit)
     if not found:
         raise UsageError(
             f"nothing of this model is of a kind that is to be trained ({', '.join(sorted(kinds))})",

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
-
-from safetensors import safe_open
-from torch import Tensor
+from collections.abc import Sequence
 
 from vptq.checkpoint.reader import open_source
 from vptq.data import check_dataset
@@ -16,12 +11,10 @@ from vptq.evaluation.divergence import Divergence, compare, last_states
 from vptq.evaluation.perplexity import token_batches
 from vptq.models.architecture import DEMO, Skeleton, load_skeleton, resolve_folder
 from vptq.models.device import forced_dtype, resolve_device
-from vptq.models.files import save_tensors
-from vptq.models.headers import fingerprint
 from vptq.models.runner import BlockRunner
-from vptq.pipeline.codebooks import cache_folder
 from vptq.pipeline.evaluate import load_windows, resolve_seq_len
 from vptq.pipeline.progress import Progress, Silent
+from vptq.pipeline.states import read_states, states_file, states_folder
 
 
 def compare_models(
@@ -51,7 +44,7 @@ def compare_models(
     for name in names:
         check_dataset(name)
     skeletons = [load_skeleton(resolve_folder(m), trust_remote_code, forced_dtype(target)) for m in (original, quantized)]
-    _check_alike(*skeletons)
+    check_alike(*skeletons)
     length = resolve_seq_len(seq_len, skeletons[0].max_seq_len)
     sources = [open_source(skeleton, target) for skeleton in skeletons]
     windows = load_windows(skeletons[0], names, seq_len=length, stride=None, limit=limit, trust_remote_code=trust_remote_code)
@@ -59,13 +52,13 @@ def compare_models(
     runners = [
         BlockRunner(skeleton, source, target, dtype) for skeleton, source, dtype in zip(skeletons, sources, dtypes, strict=True)
     ]
-    folder = Path(cache_dir).expanduser() if cache_dir else cache_folder() / "states"
+    folder = states_folder(cache_dir)
     blocks = sum(len(skeleton.blocks) for skeleton in skeletons)
     progress.start(sum(len(token_batches(cut)) for cut in windows.values()) * blocks, 0)
     results = []
     for name, cut in windows.items():
         progress.phase(f"the original on {name}")
-        first = _kept_states(runners[0], cut, folder, lambda: progress.advance(1))
+        first = read_states(states_file(runners[0], cut, folder, lambda: progress.advance(1)))
         progress.phase(f"the quantized model on {name}")
         second = last_states(runners[1], cut, lambda: progress.advance(1))
         results.append(compare((runners[0], first), (runners[1], second), cut, name))
@@ -73,7 +66,8 @@ def compare_models(
     return results
 
 
-def _check_alike(original: Skeleton, quantized: Skeleton) -> None:
+def check_alike(original: Skeleton, quantized: Skeleton) -> None:
+    """Raise UsageError for models of two vocabularies."""
     sizes = [getattr(skeleton.model.config, "vocab_size", None) for skeleton in (original, quantized)]
     if sizes[0] != sizes[1]:
         raise UsageError(
@@ -81,23 +75,3 @@ def _check_alike(original: Skeleton, quantized: Skeleton) -> None:
             where=[f"`{s.folder}`: {size} tokens" for s, size in zip((original, quantized), sizes, strict=True)],
             hint="--original must be the model that was quantized",
         )
-
-
-def _kept_states(runner: BlockRunner, windows: Tensor, folder: Path, progress: Callable[[], None]) -> Tensor:
-    """`last_states` from the cache, or computed and kept there: states are some fifty times smaller than logits."""
-    source = runner.skeleton.source()
-    key = hashlib.sha256(f"{fingerprint(source.entries)} {runner.dtype} {runner.device.type}".encode())
-    key.update(windows.numpy().tobytes())
-    path = folder / f"{key.hexdigest()[:32]}.safetensors"
-    if path.exists():
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = file.get_tensor("states")
-            if found.shape[:2] == windows.shape and found.dtype == runner.dtype:
-                return found
-        except Exception:  # damaged: computed anew
-            path.unlink(missing_ok=True)
-    states = last_states(runner, windows, progress)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(path, {"states": states})
-    return states

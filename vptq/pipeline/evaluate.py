@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from vptq.checkpoint.reader import open_source
@@ -43,9 +44,8 @@ def evaluate_model(
         check_dataset(name)
     skeleton = load_skeleton(resolve_folder(model_name), trust_remote_code, forced_dtype(target))
     seq_len = resolve_seq_len(seq_len, skeleton.max_seq_len)
-    source = open_source(skeleton, target)
     windows = load_windows(skeleton, names, seq_len=seq_len, stride=stride, limit=limit, trust_remote_code=trust_remote_code)
-    runner = BlockRunner(skeleton, source, target, forced_dtype(target) or skeleton.dtype)
+    runner = make_runner(skeleton, target)
     progress.start(sum(progress_steps(runner, w) for w in windows.values()), 0)
     results = []
     for name, cut in windows.items():
@@ -53,6 +53,11 @@ def evaluate_model(
         results.append(streamed_perplexity(runner, cut, stride=stride, dataset=name, progress=lambda: progress.advance(1)))
     progress.finish()
     return results
+
+
+def make_runner(skeleton: Skeleton, device: torch.device) -> BlockRunner:
+    """A model folder of any kind, block by block, as it is evaluated: packed weights dequantized."""
+    return BlockRunner(skeleton, open_source(skeleton, device), device, forced_dtype(device) or skeleton.dtype)
 
 
 def load_windows(

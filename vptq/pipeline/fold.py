@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vptq.config import LinearConfig, QuantConfig
 from vptq.errors import UsageError
+from vptq.layer_config import LayerConfig
 from vptq.models.architecture import LLAMA_FAMILY, Skeleton, tied_names
 from vptq.models.prefetch import PrefetchingFolder
 from vptq.quantize.rotation import Rotation
@@ -106,6 +107,24 @@ def choose_fold(config: QuantConfig, skeleton: Skeleton) -> Fold | None:
     if config.fold:
         raise UsageError("this model's rotations can't be folded", where=[found], hint="leave out --fold")
     return None
+
+
+def find_fold(skeleton: Skeleton, layers: Mapping[str, LayerConfig]) -> Fold | None:
+    """The fold that a packed checkpoint was made with: its linears are not rotated on the sides that a fold has rotated.
+
+    Args:
+        skeleton: of the original. layers: the checkpoint's quantized linears.
+    """
+    seeds = {layer.rotation_seed for layer in layers.values() if layer.rotation != "none"}
+    found = make_fold(skeleton, seeds.pop()) if len(seeds) == 1 else ""
+    if not isinstance(found, Fold):
+        return None
+    return None if any(_turns(layer, found, name) for name, layer in layers.items()) else found
+
+
+def _turns(layer: LayerConfig, fold: Fold, name: str) -> bool:
+    """Whether a rotated linear turns, when it runs, a side that the fold rotates."""
+    return name in fold.sides and layer.rotation != "none" and layer.rotation_sides in ("both", fold.sides[name])
 
 
 def make_fold(skeleton: Skeleton, seed: int) -> Fold | str:

@@ -14,15 +14,13 @@ from typing import Any, Protocol
 
 import torch
 
-from vptq.errors import RunError, VptqError
+from vptq.errors import RunError, VptqError, is_out_of_memory
 from vptq.pipeline.schedule import Schedule
 
 MOST_TRIES = 3  # of one piece of work
 MOST_FAILED_STARTS = 3  # in a row, of one worker that dies before it can work
 PATIENCE = 120.0  # seconds until others take over from one that has not started
 LOOK_AGAIN = 5.0  # seconds
-# What libraries say that raise no error of a kind of its own
-NO_MEMORY_SIGNS = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED", "Cannot allocate memory")
 STARTED, PROGRESS, FREE, DONE, NO_MEMORY, FAILED, DIED = range(7)  # what a worker says, or what is found of it
 
 
@@ -217,13 +215,11 @@ def answer_of(make: Callable[[], Any]) -> tuple[int, Any]:
     """In a worker: what it says of something it was given to do."""
     try:
         return DONE, make()
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        text = (str(error).splitlines() or [""])[0][:200]
     except VptqError as error:
         return FAILED, error
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        if not any(sign in text for sign in NO_MEMORY_SIGNS):
+        if not is_out_of_memory(error):
             return FAILED, RunError(f"a worker failed: {text}", where=traceback.format_exc().splitlines())
         text = text.splitlines()[0][:200]
     if torch.cuda.is_initialized():  # here the traceback is gone, and with it what it held

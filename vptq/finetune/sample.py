@@ -1,0 +1,49 @@
+"""Text that a model writes: data for those who have none (LLM-QAT, arXiv:2305.17888)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+AT_ONCE = 256  # sequences, on a GPU
+AT_ONCE_CPU = 16
+
+
+def sample_text(model: Any, *, count: int, seq_len: int, seed: int, progress: Callable[[int], None] | None = None) -> Tensor:
+    """Sequences drawn from a model's own predictions, each from a first token drawn from all of its vocabulary.
+
+    Args:
+        model: a transformers model. progress: called with the number of tokens that are new.
+    Returns:
+        (count, seq_len) int64 on the CPU.
+    """
+    device = model.device
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(int(model.config.get_text_config().vocab_size), (count, 1), generator=generator)
+    step = AT_ONCE if device.type == "cuda" else AT_ONCE_CPU
+    found = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        for start in first.split(step):
+            written = model.generate(
+                input_ids=start.to(device),
+                attention_mask=torch.ones_like(start, device=device),
+                generation_config=_settings(seq_len - 1),
+            )
+            found.append(written.cpu())
+            if progress:
+                progress(len(start) * (seq_len - 1))
+    return torch.cat(found)
+
+
+def _settings(new_tokens: int) -> Any:
+    """Plain draws, that go on past the end of a text: so a sequence may hold several, as text cut into windows does."""
+    from transformers import GenerationConfig  # noqa: PLC0415 (slow import)
+
+    return GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+        eos_token_id=None, pad_token_id=0, use_cache=True,
+    )  # fmt: skip

@@ -1,0 +1,186 @@
+"""What the user wishes of `vptq finetune`: one frozen dataclass, every range check. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+from vptq.checks import Checker
+from vptq.config import option
+from vptq.errors import UsageError
+from vptq.recipe import DEFAULT_SEQ_LEN, OFF, FinetuneMode, TeacherKind, TrainableKind
+
+SELF = "self"  # a dataset: text that the original writes
+STEPS = {"block": 100, "e2e": 300, "lora": 300}
+SAMPLES = {"block": 128, "e2e": 512, "lora": 512}
+BATCH = {"block": 16, "e2e": 16, "lora": 16}
+TRAINED: dict[str, tuple[TrainableKind, ...]] = {
+    "block": ("codebooks", "scales", "offsets", "norms"),
+    "e2e": ("codebooks", "scales", "offsets", "norms"),
+    "lora": (),
+}
+RATES = ((1e9, 2e-3), (7e9, 5e-4), (2e10, 1e-4), (float("inf"), 5e-5))  # up to so many parameters, the rate
+LORA_RATE = 2e-4
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """A whole `vptq finetune` run. None stands for what `resolved` chooses."""
+
+    mode: FinetuneMode = option("block", "model", "block: one block after the other; e2e: the whole model; lora: adapters")
+    model_name: str | None = option(None, "model", "packed checkpoint: folder or hub name")
+    original: str | None = option(None, "model", "what it was quantized from (default: the demo model)")
+    output_dir: str = option("outputs", "model", "where run folders go")
+    trust_remote_code: bool = option(False, "model", "let the model folders' own Python code run")
+    train: tuple[TrainableKind, ...] | None = option(
+        None,
+        "tuning",
+        "what learns: codebooks, scales, offsets, norms, head (default: all but head; codebooks that linears share only e2e)",
+        "KIND",
+    )
+    row_scales: bool = option(
+        False, "tuning", "give every output row a scale of its own first: 16 bits a row more, and more that can learn"
+    )
+    dataset: tuple[str, ...] | None = option(
+        None,
+        "text",
+        "wikitext2, c4, c4-new, text or jsonl files or folders, or self: text that the original writes; several share "
+        "the sequences (default: c4; demo model: its own)",
+    )
+    nsamples: int | None = option(None, "text", "sequences, held-out ones among them (default: 128 for block, 512 else)")
+    seq_len: int | None = option(
+        None, "text", f"tokens a sequence, training and evaluation (default: {DEFAULT_SEQ_LEN}, or the model's if shorter)"
+    )
+    num_held_out: int | None = option(
+        None, "text", "sequences that are not trained on, which decide when to stop (default: an eighth, at most 32)"
+    )
+    seed: int = option(0, "text", "seed of all: choice of text, order, sampling, adapters")
+    steps: int | None = option(None, "training", "steps, of each block or of the whole (default: 100 for block, 300 else)")
+    learning_rate: float | None = option(
+        None,
+        "training",
+        "highest rate, as a part of the size of a tensor's numbers (default: by the model's size, 2e-3 under 1B to 1e-4 "
+        "for 7B to 13B; lora: 2e-4, absolute)",
+    )
+    head_rate: float = option(0.1, "training", "with --train head: its learning rate, as a part of that of all else")
+    warmup_frac: float = option(0.05, "training", "part of the steps over which the rate rises; then it falls as a cosine")
+    weight_decay: float = option(0.0, "training", "of AdamW")
+    batch_size: int | None = option(None, "training", "sequences a step (default: 16)")
+    micro_batch_size: int = option(1, "training", "sequences at once: as many as memory allows are fastest")
+    eval_every: int | None = option(None, "training", "steps between two looks at the held-out text (default: a tenth)")
+    patience: int = option(4, "training", "looks without gain after which training stops")
+    bf16: bool = option(True, "training", "products in bfloat16 on a GPU; all that learns stays float32")
+    kl_weight: float = option(1.0, "distillation", "weight of KL(original, packed) in the loss")
+    ce_weight: float = option(0.0, "distillation", "weight of the text's own cross-entropy in the loss")
+    teacher: TeacherKind = option(
+        "cached",
+        "distillation",
+        "the original's predictions: cached (computed block by block before, kept on disk) or live (whole model in memory)",
+    )
+    cache_dir: str | None = option(
+        None, "distillation", "folder that keeps what the original computes, for further runs (default: in the run folder)"
+    )
+    gradient_checkpointing: bool = option(True, "distillation", "compute blocks twice to save memory")
+    lora_rank: int = option(16, "lora", "rank of the adapters")
+    lora_alpha: float = option(32.0, "lora", "what adapters are multiplied by, times their rank")
+    lora_dropout: float = option(0.0, "lora", "dropout of what goes into the adapters")
+    target_modules: tuple[str, ...] | None = option(
+        None, "lora", "names of linears that get adapters, such as q_proj (default: all that are packed, but the head)"
+    )
+    save_model: bool = option(
+        False, "results", "write model/ too: dequantized weights, adapters merged into them, for any loader"
+    )
+    eval: bool = option(False, "results", "perplexity on wikitext2 and c4, before and after")
+    new_eval: bool = option(False, "results", "perplexity on wikitext2 and c4-new, before and after")
+    eval_dataset: tuple[str, ...] | None = option(None, "results", "perplexity on these texts, before and after")
+    eval_nsamples: int = option(OFF, "results", "most windows of each evaluation text (-1 = all)")
+    device: str | None = option(None, "devices", "cuda, cuda:N or cpu (default: cuda where there is one)")
+
+    def faults(self) -> list[str]:
+        """Every fault of these settings that shows without the model."""
+        found: list[str] = []
+        check = Checker(found)
+        check(self.mode in get_args(FinetuneMode), f"mode is {self.mode!r}, must be block, e2e or lora")
+        check(self.teacher in get_args(TeacherKind), f"teacher is {self.teacher!r}, must be cached or live")
+        known = get_args(TrainableKind)
+        for kind in self.train or ():
+            check(kind in known, f"train names {kind!r}, must be of {', '.join(known)}")
+        check(self.mode != "block" or "head" not in (self.train or ()), "train head goes with mode e2e")
+        check(self.mode != "lora" or not self.train, "mode lora trains adapters: leave out train")
+        check(self.mode != "lora" or not self.row_scales, "row_scales goes with modes block and e2e")
+        for name in ("nsamples", "num_held_out", "steps", "batch_size", "eval_every"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"{name} is {value}, must be 1 or more")
+        for name in ("micro_batch_size", "patience", "lora_rank"):
+            check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, must be 1 or more")
+        check(self.nsamples is None or self.nsamples >= 2, f"nsamples is {self.nsamples}: one to train on, one held out")
+        check(self.seq_len is None or self.seq_len >= 2, f"seq_len is {self.seq_len}, must be 2 or more")
+        if self.nsamples is not None and self.num_held_out is not None:
+            check(
+                self.num_held_out < self.nsamples,
+                f"num_held_out is {self.num_held_out}, nsamples {self.nsamples}: nothing is left to train on",
+            )
+        check(
+            self.learning_rate is None or 0 < self.learning_rate <= 1,
+            f"learning_rate is {self.learning_rate}, must be over 0 and at most 1",
+        )
+        check(0 < self.head_rate <= 10, f"head_rate is {self.head_rate:g}, must be over 0 and at most 10")
+        check(0 <= self.warmup_frac < 1, f"warmup_frac is {self.warmup_frac:g}, must be 0 or more and under 1")
+        for name in ("weight_decay", "kl_weight", "ce_weight", "lora_alpha"):
+            check(getattr(self, name) >= 0, f"{name} is {getattr(self, name):g}, must be 0 or more")
+        check(self.kl_weight + self.ce_weight > 0, "kl_weight and ce_weight are both 0: nothing is left of the loss")
+        check(0 <= self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout:g}, must be 0 or more and under 1")
+        check(
+            self.eval_nsamples == OFF or self.eval_nsamples >= 1,
+            f"eval_nsamples is {self.eval_nsamples}, must be 1 or more, or -1",
+        )
+        return found
+
+    def validate(self) -> None:
+        """Raise one UsageError with every fault there is."""
+        found = self.faults()
+        if self.model_name is None:
+            found.insert(0, "model_name is missing: the packed checkpoint to fine-tune")
+        if found:
+            raise UsageError(
+                found[0] if len(found) == 1 else f"{len(found)} settings do not fit together",
+                where=found if len(found) > 1 else (),
+                hint="see `vptq finetune --help` for what each flag means",
+            )
+
+    def resolved(self, num_parameters: int, longest: int | None) -> FinetuneConfig:
+        """With a value for everything that was left open.
+
+        Args:
+            num_parameters: of the original. longest: context that the model takes.
+        """
+        nsamples = self.nsamples or SAMPLES[self.mode]
+        steps = self.steps or STEPS[self.mode]
+        by_size = next(rate for size, rate in RATES if num_parameters < size)
+        return replace(
+            self,
+            train=TRAINED[self.mode] if self.train is None else self.train,
+            nsamples=nsamples,
+            seq_len=self.seq_len or min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN),
+            num_held_out=self.num_held_out or max(1, min(nsamples // 8, 32)),
+            steps=steps,
+            learning_rate=self.learning_rate or (LORA_RATE if self.mode == "lora" else by_size),
+            batch_size=self.batch_size or BATCH[self.mode],
+            eval_every=self.eval_every or max(1, steps // 10),
+        )
+
+    def to_flat(self) -> dict[str, Any]:
+        """One name, one value, as in a YAML file."""
+        flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+    @classmethod
+    def from_flat(cls, values: dict[str, Any]) -> FinetuneConfig:
+        """The inverse of `to_flat`; names left out take their default. Unknown names are refused."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UsageError("unknown settings", where=unknown, hint=f"known: {', '.join(sorted(known))}")
+        given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**given)

@@ -1,0 +1,336 @@
+"""The order of things in a `finetune` run.
+
+models -> text -> perplexity before -> training -> checkpoint -> perplexity after. What is done is on disk: the text, each
+block or the state of the training, the checkpoint; a stopped run goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vptq.bits import ModelBits, checkpoint_bits
+from vptq.checkpoint.reader import open_packed, packed_tensors
+from vptq.checkpoint.writer import is_whole, write_changed, write_unpacked
+from vptq.data import check_dataset
+from vptq.errors import RunError, UsageError, is_out_of_memory
+from vptq.evaluation.perplexity import Perplexity, progress_steps, streamed_perplexity
+from vptq.finetune.curves import save_curves
+from vptq.finetune.row_scales import with_row_scales
+from vptq.finetune_config import FinetuneConfig
+from vptq.layer_config import LayerConfig
+from vptq.models.architecture import DEMO, load_skeleton, resolve_folder
+from vptq.models.device import forced_dtype, resolve_device
+from vptq.models.files import save_json
+from vptq.models.headers import fingerprint
+from vptq.models.stream import FolderSource
+from vptq.nn.reference import dequantize_packed
+from vptq.pipeline.evaluate import load_windows, make_runner, resolve_seq_len
+from vptq.pipeline.progress import Progress, Silent
+from vptq.pipeline.tune_blocks import BlockTuning
+from vptq.pipeline.tune_job import TEXT, TuneJob
+from vptq.pipeline.tune_models import Pair
+from vptq.pipeline.tune_text import datasets_of, tuning_tokens
+from vptq.pipeline.tune_whole import Alone, Launched, Team, WholeTuning, is_launched
+
+BEFORE = "before"
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a fine-tuning gave.
+
+    Attributes:
+        folder: the run folder. bits: of the packed checkpoint.
+        held_out: loss on what was held out, (before, after); in mode block the mean over blocks.
+        perplexities: dataset -> "original", "before", "after".
+    """
+
+    folder: Path
+    bits: ModelBits
+    held_out: tuple[float, float]
+    perplexities: Mapping[str, Mapping[str, Perplexity]]
+    seconds: float
+
+
+def finetune_model(
+    config: FinetuneConfig,
+    *,
+    resume: str | Path | None = None,
+    given: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    folder: Path | None = None,
+) -> TuneResult:
+    """Fine-tune a packed checkpoint.
+
+    Args:
+        config: the wishes; with `resume` those of the run folder hold instead, but for where `given` says to work.
+        resume: run folder, or its URL, to go on with. given: what the user set this time, checked against that run's settings.
+        folder: under which a new run's folder stands; None for the usual place.
+    Raises:
+        UsageError: bad input, before any work. VptqError: a fault in the run, which can be resumed.
+    """
+    with contextlib.ExitStack() as ending:
+        job = None
+        if resume is not None:
+            job = TuneJob.load(resume)
+            ending.callback(job.unlock)
+            job.check_resume(given or {})
+            free = {name: value for name, value in (given or {}).items() if name in job.free_on_resume}
+            config = FinetuneConfig.from_flat(job.config.to_flat() | free)
+            if job.finished:
+                return _finished(job)
+        config.validate()
+        device = resolve_device(config.device)
+        team: Team = Launched(device) if is_launched() else Alone()
+        if isinstance(team, Launched):
+            if config.mode != "e2e":
+                raise UsageError(f"mode {config.mode} works in one process", hint="start it without `accelerate launch`")
+            device = team.device
+        run = _Run(config, job, progress if progress and team.rank == 0 else Silent(), device, team, ending, folder)
+        with _told_of_memory(config):
+            return run.execute()
+
+
+class _Run:
+    """One execution. Everything that can be refused is refused in `__init__`, before anything is written."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        job: TuneJob | None,
+        progress: Progress,
+        device: torch.device,
+        team: Team,
+        ending: contextlib.ExitStack,
+        folder: Path | None,
+    ) -> None:
+        self.started = time.perf_counter()
+        self.progress, self.device, self.team = progress, device, team
+        self.original, self.given = resolve_folder(config.original), resolve_folder(config.model_name)
+        pair = Pair.open(self.original, self.given, device, config.bf16, config.trust_remote_code)
+        resolve_seq_len(config.seq_len, pair.original.max_seq_len)
+        self.config = config.resolved(pair.num_parameters, pair.original.max_seq_len)
+        datasets_of(self.config)
+        self.windows = self._windows(pair)
+        marks = [fingerprint(FolderSource(path).entries) for path in (self.original, self.given)]
+        if job is not None and job.fingerprint != " ".join(marks):
+            raise UsageError(f"the models are not those that `{job.shown}` was started with", hint="start a new run")
+        if job is None:
+            tokens = tuning_tokens(self.config, self.original, device, self._told)
+            self._check_length(tokens)
+            job = self._create(" ".join(marks), tokens, folder)
+            ending.callback(job.unlock)
+        if team.rank == 0:
+            job.lock()
+        self.job, self.tokens = job, job.tokens()
+        self.pair = pair
+
+    def _windows(self, pair: Pair) -> dict[str, Tensor]:
+        names = _eval_datasets(self.config)
+        for name in names:
+            check_dataset(name)
+        assert self.config.seq_len is not None
+        return load_windows(
+            pair.original,
+            names,
+            seq_len=self.config.seq_len,
+            stride=None,
+            limit=None if self.config.eval_nsamples < 0 else self.config.eval_nsamples,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+
+    def _check_length(self, tokens: Tensor) -> None:
+        held_out = self.config.num_held_out or 0
+        if len(tokens) <= held_out:
+            raise UsageError(
+                f"{len(tokens)} sequences leave nothing to train on",
+                where=[f"{held_out} are held out"],
+                hint="give more text, raise --nsamples, or lower --num_held_out",
+            )
+
+    def _create(self, marks: str, tokens: Tensor, folder: Path | None) -> TuneJob:
+        """The run folder, with its text; made by the first process."""
+        made = None
+        if self.team.rank == 0:
+            job = TuneJob.create(self.config, marks, {"tokens": tokens.numel()}, folder)
+            job.save_tensors(TEXT, {TEXT: tokens})
+            made = str(job.folder)
+        return TuneJob.at(Path(self.team.share(made)))
+
+    # -- the work -------------------------------------------------------------------------------------------------------
+
+    def execute(self) -> TuneResult:
+        self.progress.run_folder(self.job.shown)
+        start = self._start()
+        pair = Pair.open(self.original, start, self.device, self.config.bf16, self.config.trust_remote_code)
+        tuning = self._tuning(pair)
+        models = {"original": self.original, BEFORE: start}
+        units = [self._evaluation_units(pair) for _ in range(len(models) + 1)]
+        self.progress.start(tuning.units() + sum(units), 0)
+        self._announce()
+        measured = self._measure(models)
+        changed, histories = tuning.run()
+        packed = self.job.folder / "packed_model"
+        if self.team.rank == 0:
+            self._write(pair, packed, changed, histories)
+        self.team.wait()
+        measured |= self._measure({"after": packed})
+        return self._conclude(packed, measured, histories)
+
+    def _tuning(self, pair: Pair) -> BlockTuning | WholeTuning:
+        if self.config.mode == "block":
+            return BlockTuning(pair, self.config, self.tokens, self.job, self._told, self._note)
+        return WholeTuning(pair, self.config, self.tokens, self.job, self._told, self._note, self.team)
+
+    def _announce(self) -> None:
+        held_out = self.config.num_held_out or 0
+        trained = (len(self.tokens) - held_out) * self.tokens.shape[1]
+        self._note(
+            f"text: {', '.join(datasets_of(self.config))}; {trained:,} tokens to train on, {held_out} sequences held out"
+        )
+        assert self.config.learning_rate is not None
+        self._note(
+            f"{self.config.steps} steps of {self.config.batch_size} sequences, learning rate {self.config.learning_rate:g}"
+        )
+
+    def _start(self) -> Path:
+        """The checkpoint to start from: the given one, or with a scale for every row."""
+        if not self.config.row_scales:
+            return self.given
+        folder = self.job.work / "start"
+        if self.team.rank == 0 and not is_whole(folder):
+            skeleton, source, layers = open_packed(self.given, forced_dtype(self.device), self.config.trust_remote_code)
+            widened, scales = with_row_scales(source, layers, skeleton.dtype)
+            write_changed(folder, source, _parameters(skeleton), widened, scales)
+        self.team.wait()
+        return folder
+
+    def _write(self, pair: Pair, packed: Path, changed: Mapping[str, Tensor], histories: Mapping[str, Any]) -> None:
+        if not is_whole(packed):
+            self.progress.phase("writing packed_model")
+            write_changed(packed, pair.packed_source, _parameters(pair.packed), pair.layers, changed)
+        if self.config.save_model and not is_whole(self.job.folder / "model"):
+            self.progress.phase("writing model")
+            source = FolderSource(packed, pair.packed_source.base_prefix)
+            weights = _dequantized(source, pair.layers, pair.packed.dtype, self.device)
+            write_unpacked(self.job.folder / "model", source, pair.layers, weights)
+        label = "relative squared error" if self.config.mode == "block" else "loss, nats a token"
+        if not save_curves(self.job.folder, histories, label):
+            self._note("no picture of the curves: pip install matplotlib")
+
+    def _evaluation_units(self, pair: Pair) -> float:
+        return float(sum(cut.numel() for cut in self.windows.values()) * len(pair.original.blocks))
+
+    def _measure(self, models: Mapping[str, Path]) -> dict[str, dict[str, Perplexity]]:
+        """Perplexities by dataset of each model, by its name; those that a stopped run has measured are taken over."""
+        known = self.job.load_tensors("perplexities")
+        found = {key: dict(values) for key, values in (known[1] if known else {}).items()}
+        for which, folder in models.items():
+            if which in found or self.team.rank > 0:
+                continue
+            skeleton = load_skeleton(folder, self.config.trust_remote_code, forced_dtype(self.device))
+            runner = make_runner(skeleton, self.device)
+            found[which] = {}
+            for name, windows in self.windows.items():
+                self.progress.phase(f"perplexity, {which}")
+                units = windows.numel() * len(skeleton.blocks) / progress_steps(runner, windows)
+
+                def advance(units: float = units) -> None:
+                    self.progress.advance(units)
+
+                figures = streamed_perplexity(runner, windows, stride=None, dataset=name, progress=advance)
+                found[which][name] = figures.to_dict()
+            runner.unload()
+            self.job.save_tensors("perplexities", {}, found)
+        return {which: {name: Perplexity.from_dict(figures) for name, figures in of.items()} for which, of in found.items()}
+
+    def _conclude(
+        self, packed: Path, measured: Mapping[str, Mapping[str, Perplexity]], histories: Mapping[str, Any]
+    ) -> TuneResult:
+        perplexities = {name: {which: of[name] for which, of in measured.items()} for name in self.windows}
+        bits = checkpoint_bits(packed)
+        held_out = _held_out(histories)
+        if self.team.rank == 0:
+            figures = {name: {which: p.to_dict() for which, p in of.items()} for name, of in perplexities.items()}
+            results: dict[str, Any] = {f"ctx_{self.config.seq_len}": figures} if figures else {}
+            results["held_out_loss"] = {"before": held_out[0], "after": held_out[1]}
+            results["tokens"] = self.tokens.numel()
+            results["bits"] = {k: v for k, v in bits.to_dict().items() if k.endswith("per_weight")}
+            save_json(self.job.folder / "ppl_results.json", results)
+            self.job.save(finished=True)
+            self.job.drop_work()
+        self.progress.finish()
+        seconds = time.perf_counter() - self.started
+        return TuneResult(self.job.folder, bits, held_out, perplexities, seconds)
+
+    def _told(self, phase: str, units: float) -> None:
+        self.progress.phase(phase)
+        self.progress.advance(units)
+
+    def _note(self, text: str) -> None:
+        if self.team.rank == 0:
+            self.progress.note(text)
+            self.job.log(text)
+
+
+def _eval_datasets(config: FinetuneConfig) -> list[str]:
+    """What perplexity is measured on; the demo model's held-out text where nothing is asked for."""
+    names = ["wikitext2"] if config.eval or config.new_eval else []
+    names += ["c4"] if config.eval else []
+    names += ["c4-new"] if config.new_eval else []
+    names += config.eval_dataset or ()
+    return names or ([str(DEMO / "evaluation.txt")] if config.original is None else [])
+
+
+def _parameters(skeleton: Any) -> list[str]:
+    return [name for name, _ in skeleton.model.named_parameters()]
+
+
+def _dequantized(
+    source: FolderSource, layers: Mapping[str, LayerConfig], dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the quantized linears that store one."""
+    for name, layer in layers.items():
+        if not layer.weight_of:
+            tensors = {key: tensor.to(device) for key, tensor in packed_tensors(source, name, layer).items()}
+            yield name, dequantize_packed(tensors, layer, dtype).cpu()
+
+
+def _held_out(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> tuple[float, float]:
+    """Mean over what was trained of the held-out loss, before and after."""
+    looks = [[entry["held_out"] for entry in history if entry.get("held_out") is not None] for history in histories.values()]
+    return sum(own[0] for own in looks) / len(looks), sum(min(own) for own in looks) / len(looks)
+
+
+def _finished(job: TuneJob) -> TuneResult:
+    """What a finished run found, read back from its folder."""
+    stored = job.perplexities()
+    context: dict[str, Any] = next((values for key, values in stored.items() if key.startswith("ctx_")), {})
+    perplexities = {name: {which: Perplexity.from_dict(p) for which, p in of.items()} for name, of in context.items()}
+    held_out = stored["held_out_loss"]["before"], stored["held_out_loss"]["after"]
+    return TuneResult(job.folder, checkpoint_bits(job.folder / "packed_model"), held_out, perplexities, 0.0)
+
+
+@contextlib.contextmanager
+def _told_of_memory(config: FinetuneConfig) -> Iterator[None]:
+    """Say what to lower where memory runs out."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        ways = [f"--micro_batch_size (now {config.micro_batch_size})"] if config.micro_batch_size > 1 else []
+        ways += ["--seq_len"]
+        if config.mode == "e2e" and config.teacher == "live":
+            ways.append("or take --teacher cached")
+        if config.mode != "block" and not config.gradient_checkpointing:
+            ways.append("or take --gradient_checkpointing True")
+        raise RunError("memory ran out", where=[str(error).split("\n")[0][:200]], hint=f"lower {', '.join(ways)}") from error
