@@ -63,7 +63,8 @@ def trainables(
 
     Args:
         kinds: of tensors to train. stored: float type of the checkpoint.
-        head: the output head; trained only where `kinds` says so. head_rate: its rate, as a part of the others'. prefix: of the part's names in the whole model.
+        head: the output head; trained only where `kinds` says so. head_rate: its rate, as a part of the others'.
+        prefix: of the part's names in the whole model.
         shared: whether codebooks that several linears share are trained.
     Raises:
         UsageError: nothing of these kinds is there.
