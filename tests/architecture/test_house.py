@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[2] / "vptq"
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 # From the street up: a room may import from its own floor's file or from a room further down in this list, never up.
 FLOORS = [
-    "errors", "recipe", "checks", "config", "geometry", "layer_config", "backend", "data", "models", "bits", "calibration",
-    "quantize", "nn", "evaluation", "checkpoint", "finetune", "pipeline", "cli",
+    "errors", "recipe", "checks", "config", "finetune_config", "geometry", "layer_config", "backend", "data", "models", "bits",
+    "calibration", "quantize", "nn", "evaluation", "checkpoint", "finetune", "pipeline", "cli",
 ]  # fmt: skip
 INSIDE = {  # order of files within a room, from the street up
     "models": [
@@ -93,14 +93,15 @@ INSIDE = {  # order of files within a room, from the street up
         "vquant_embedding",
         "replace",
     ],
-    "checkpoint": ["names", "writer", "reader", "transformers_bridge"],
-    "finetune": ["trainable", "fit", "distill", "blockwise"],
+    "checkpoint": ["on_import", "names", "writer", "reader", "transformers_bridge"],
+    "finetune": ["trainable", "fit", "distill", "blockwise", "row_scales", "sample", "curves", "peft_bridge"],
     "pipeline": [
         "progress",
         "codebooks",
         "fold",
         "ends",
         "evaluate",
+        "states",
         "compare",
         "tasks",
         "decode",
@@ -128,13 +129,33 @@ INSIDE = {  # order of files within a room, from the street up
         "executors",
         "settle",
         "run",
+        "tune_job",
+        "tune_text",
+        "tune_models",
+        "tune_check",
+        "tune_blocks",
+        "tune_whole",
+        "tune_adapters",
+        "finetune",
         "rates",
         "estimate",
         "forecast",
     ],
-    "cli": ["options", "show", "plan", "quantize", "eval_ppl", "eval_kl", "eval_tasks", "generate", "bits", "main"],
+    "cli": ["options", "show", "plan", "quantize", "finetune", "eval_ppl", "eval_kl", "eval_tasks", "generate", "bits", "main"],
 }
-TORCH_FREE = ["errors", "recipe", "checks", "config", "geometry", "layer_config", "bits", "models.headers", "models.shapes"]
+TORCH_FREE = [
+    "errors",
+    "recipe",
+    "checks",
+    "config",
+    "finetune_config",
+    "finetune_config",
+    "geometry",
+    "layer_config",
+    "bits",
+    "models.headers",
+    "models.shapes",
+]
 
 
 def module_name(path: Path) -> str:

@@ -80,8 +80,8 @@ class DequantizedSource:
         return self.base.get(name)
 
 
-def packed_tensors(source: FolderSource, linear: str, layer: LayerConfig) -> dict[str, Tensor]:
-    """The stored tensors of one linear of a packed folder, with the codebook that it shares.
+def packed_tensors(source: TensorSource, linear: str, layer: LayerConfig) -> dict[str, Tensor]:
+    """The stored tensors of one linear of a packed checkpoint, with the codebook that it shares.
 
     Raises:
         CheckpointError: missing or misshapen tensors.

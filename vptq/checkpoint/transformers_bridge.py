@@ -7,14 +7,11 @@ until transformers itself is imported, so that `import vptq` stays light.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from vptq.checkpoint.on_import import when_imported
 
 AUTO_MODULE = "transformers.quantizers.auto"
 METHOD = "vptq"
@@ -22,34 +19,7 @@ METHOD = "vptq"
 
 def install() -> None:
     """Register with transformers, now if it is loaded, else when it is."""
-    loaded = sys.modules.get(AUTO_MODULE)
-    if loaded is not None:
-        _register(loaded)
-    elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisterOnImport())
-
-
-class _RegisterOnImport(importlib.abc.MetaPathFinder):
-    """Lets the import of transformers' quantizer table go its way, then registers."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != AUTO_MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        loader = spec.loader
-        run = loader.exec_module
-
-        def run_and_register(module: ModuleType) -> None:
-            run(module)
-            _register(module)
-
-        loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
+    when_imported(AUTO_MODULE, _register)
 
 
 def _register(auto: ModuleType) -> None:
@@ -110,7 +80,7 @@ def _make_classes() -> tuple[type, type]:
 
         @property
         def is_trainable(self) -> bool:
-            return False
+            return True  # adapters do, over packed linears that give gradients to their inputs
 
     return VptqConfig, VptqQuantizer
 

@@ -118,6 +118,26 @@ def streamed_perplexity(
     return summarize(torch.cat(losses), seq_len=seq_len, stride=stride, dataset=dataset)
 
 
+@torch.no_grad()
+def whole_perplexity(
+    model: Any, windows: Tensor, *, stride: int | None, dataset: str, progress: Callable[[], None] | None = None
+) -> Perplexity:
+    """As `streamed_perplexity`, of a transformers model that is in memory as a whole, with adapters perhaps.
+
+    Args:
+        windows: (num_windows, seq_len) int64. progress: called after each window.
+    """
+    seq_len = windows.shape[1]
+    stride = stride or seq_len
+    losses = []
+    for window in windows.split(1):
+        logits = model(input_ids=window.to(model.device), use_cache=False).logits
+        losses.append(window_losses(logits, window, min(stride, seq_len - 1)))
+        if progress:
+            progress()
+    return summarize(torch.cat(losses), seq_len=seq_len, stride=stride, dataset=dataset)
+
+
 def progress_steps(runner: BlockRunner, windows: Tensor) -> int:
     """How often `streamed_perplexity` calls its progress for windows (num_windows, seq_len)."""
     return sum(len(group) for group in _groups(runner, windows)) * len(runner.skeleton.blocks)

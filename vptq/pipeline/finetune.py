@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from vptq.models.stream import FolderSource
 from vptq.nn.reference import dequantize_packed
 from vptq.pipeline.evaluate import load_windows, make_runner, resolve_seq_len
 from vptq.pipeline.progress import Progress, Silent
+from vptq.pipeline.tune_adapters import AdapterTuning, check_peft
 from vptq.pipeline.tune_blocks import BlockTuning
 from vptq.pipeline.tune_job import TEXT, TuneJob
 from vptq.pipeline.tune_models import Pair
@@ -41,6 +42,7 @@ from vptq.pipeline.tune_text import datasets_of, tuning_tokens
 from vptq.pipeline.tune_whole import Alone, Launched, Team, WholeTuning, is_launched
 
 BEFORE = "before"
+Weights = Iterator[tuple[str, Tensor]]  # linear name, weight
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ class _Run:
         resolve_seq_len(config.seq_len, pair.original.max_seq_len)
         self.config = config.resolved(pair.num_parameters, pair.original.max_seq_len)
         datasets_of(self.config)
+        if self.config.mode == "lora":
+            check_peft()
         self.windows = self._windows(pair)
         marks = [fingerprint(FolderSource(path).entries) for path in (self.original, self.given)]
         if job is not None and job.fingerprint != " ".join(marks):
@@ -177,17 +181,28 @@ class _Run:
         self.progress.start(tuning.units() + sum(units), 0)
         self._announce()
         measured = self._measure(models)
+        if isinstance(tuning, AdapterTuning):
+            histories = tuning.run()
+            tuning.save(self.job.folder)
+            self._write_model(pair, start, tuning.merged)
+            measured["after"] = self._measure_adapters(tuning)
+            return self._conclude(start, measured, histories)
         changed, histories = tuning.run()
         packed = self.job.folder / "packed_model"
         if self.team.rank == 0:
-            self._write(pair, packed, changed, histories)
+            if not is_whole(packed):
+                self.progress.phase("writing packed_model")
+                write_changed(packed, pair.packed_source, _parameters(pair.packed), pair.layers, changed)
+            self._write_model(pair, packed)
         self.team.wait()
         measured |= self._measure({"after": packed})
         return self._conclude(packed, measured, histories)
 
-    def _tuning(self, pair: Pair) -> BlockTuning | WholeTuning:
+    def _tuning(self, pair: Pair) -> BlockTuning | WholeTuning | AdapterTuning:
         if self.config.mode == "block":
             return BlockTuning(pair, self.config, self.tokens, self.job, self._told, self._note)
+        if self.config.mode == "lora":
+            return AdapterTuning(pair, self.config, self.tokens, self.job, self._told, self._note)
         return WholeTuning(pair, self.config, self.tokens, self.job, self._told, self._note, self.team)
 
     def _announce(self) -> None:
@@ -213,18 +228,14 @@ class _Run:
         self.team.wait()
         return folder
 
-    def _write(self, pair: Pair, packed: Path, changed: Mapping[str, Tensor], histories: Mapping[str, Any]) -> None:
-        if not is_whole(packed):
-            self.progress.phase("writing packed_model")
-            write_changed(packed, pair.packed_source, _parameters(pair.packed), pair.layers, changed)
-        if self.config.save_model and not is_whole(self.job.folder / "model"):
+    def _write_model(self, pair: Pair, packed: Path, merged: Callable[[Weights], Weights] = lambda weights: weights) -> None:
+        """The dequantized checkpoint, if it is asked for. merged: puts adapters into its weights."""
+        folder = self.job.folder / "model"
+        if self.config.save_model and not is_whole(folder):
             self.progress.phase("writing model")
             source = FolderSource(packed, pair.packed_source.base_prefix)
             weights = _dequantized(source, pair.layers, pair.packed.dtype, self.device)
-            write_unpacked(self.job.folder / "model", source, pair.layers, weights)
-        label = "relative squared error" if self.config.mode == "block" else "loss, nats a token"
-        if not save_curves(self.job.folder, histories, label):
-            self._note("no picture of the curves: pip install matplotlib")
+            write_unpacked(folder, source, pair.layers, merged(weights))
 
     def _evaluation_units(self, pair: Pair) -> float:
         return float(sum(cut.numel() for cut in self.windows.values()) * len(pair.original.blocks))
@@ -252,6 +263,18 @@ class _Run:
             self.job.save_tensors("perplexities", {}, found)
         return {which: {name: Perplexity.from_dict(figures) for name, figures in of.items()} for which, of in found.items()}
 
+    def _measure_adapters(self, tuning: AdapterTuning) -> dict[str, Perplexity]:
+        found = {}
+        for name, windows in self.windows.items():
+            self.progress.phase("perplexity, after")
+            units = windows.shape[1] * len(tuning.pair.original.blocks)
+
+            def advance(units: float = units) -> None:
+                self.progress.advance(units)
+
+            found[name] = tuning.perplexity(windows, name, advance)
+        return found
+
     def _conclude(
         self, packed: Path, measured: Mapping[str, Mapping[str, Perplexity]], histories: Mapping[str, Any]
     ) -> TuneResult:
@@ -259,6 +282,9 @@ class _Run:
         bits = checkpoint_bits(packed)
         held_out = _held_out(histories)
         if self.team.rank == 0:
+            label = "relative squared error" if self.config.mode == "block" else "loss, nats a token"
+            if not save_curves(self.job.folder, histories, label):
+                self._note("no picture of the curves: pip install matplotlib")
             figures = {name: {which: p.to_dict() for which, p in of.items()} for name, of in perplexities.items()}
             results: dict[str, Any] = {f"ctx_{self.config.seq_len}": figures} if figures else {}
             results["held_out_loss"] = {"before": held_out[0], "after": held_out[1]}
@@ -294,9 +320,7 @@ def _parameters(skeleton: Any) -> list[str]:
     return [name for name, _ in skeleton.model.named_parameters()]
 
 
-def _dequantized(
-    source: FolderSource, layers: Mapping[str, LayerConfig], dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
+def _dequantized(source: FolderSource, layers: Mapping[str, LayerConfig], dtype: torch.dtype, device: torch.device) -> Weights:
     """The weights of the quantized linears that store one."""
     for name, layer in layers.items():
         if not layer.weight_of:
@@ -316,7 +340,9 @@ def _finished(job: TuneJob) -> TuneResult:
     context: dict[str, Any] = next((values for key, values in stored.items() if key.startswith("ctx_")), {})
     perplexities = {name: {which: Perplexity.from_dict(p) for which, p in of.items()} for name, of in context.items()}
     held_out = stored["held_out_loss"]["before"], stored["held_out_loss"]["after"]
-    return TuneResult(job.folder, checkpoint_bits(job.folder / "packed_model"), held_out, perplexities, 0.0)
+    packed = job.folder / "packed_model"
+    bits = checkpoint_bits(packed if packed.exists() else resolve_folder(job.config.model_name))
+    return TuneResult(job.folder, bits, held_out, perplexities, 0.0)
 
 
 @contextlib.contextmanager

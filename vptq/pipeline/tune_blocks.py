@@ -14,6 +14,7 @@ from vptq.finetune.fit import Fit, Schedule
 from vptq.finetune.trainable import Trainable, load_values, trainables
 from vptq.finetune_config import FinetuneConfig
 from vptq.models.runner import BlockRunner, HiddenStates
+from vptq.pipeline.tune_check import PARTS, best_part
 from vptq.pipeline.tune_job import TuneJob
 from vptq.pipeline.tune_models import Pair
 
@@ -41,7 +42,7 @@ class BlockTuning:
     def units(self) -> float:
         """What `told` is told in all."""
         tokens = sum(batch.numel() for batch in self.batches)
-        return len(self.pair.original.blocks) * (2.0 * tokens + self._training_units())
+        return len(self.pair.original.blocks) * (2.0 * tokens + self._training_units()) + len(PARTS) * self._check_units()
 
     def _training_units(self) -> float:
         tokens = self.batches[0].shape[1]
@@ -66,7 +67,21 @@ class BlockTuning:
             histories[str(block)] = history
         theirs.unload()
         ours.unload()
-        return changed, histories
+        return self._checked(changed), histories
+
+    def _checked(self, changed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The values, or those on the way to them that make the better model as a whole."""
+        rest = torch.cat(self.batches[len(self.batches) - self.num_held_out :])
+        values, found = best_part(self.pair, changed, rest, lambda: self.told("the model as a whole", self._check_units()))
+        part = min(found, key=lambda key: found[key])
+        self.note(f"KL from the original on the held-out text: {found[0.0]:.4f} before, {found[part]:.4f} after")
+        if part < 1:
+            less = "half of what was learned is kept" if part else "all is left as it was; --mode e2e may gain what this can't"
+            self.note(f"warning: with all that blocks learned the model is worse (KL {found[1.0]:.4f}): {less}")
+        return values
+
+    def _check_units(self) -> float:
+        return float(len(self.pair.original.blocks) * (self.config.num_held_out or 1) * self.batches[0].shape[1])
 
     def _block(
         self, block: int, runner: BlockRunner, inputs: HiddenStates, targets: list[Tensor]

@@ -1,0 +1,240 @@
+"""`finetune --mode lora`: adapters by peft on the packed linears, trained by transformers' Trainer."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vptq.checkpoint.reader import load_quantized
+from vptq.errors import UsageError
+from vptq.evaluation.perplexity import Perplexity, whole_perplexity
+from vptq.finetune.fit import DIVERGED
+from vptq.finetune.peft_bridge import packed_linears
+from vptq.finetune_config import FinetuneConfig
+from vptq.nn.vquant_linear import cache_weights
+from vptq.pipeline.tune_blocks import Told
+from vptq.pipeline.tune_job import TuneJob
+from vptq.pipeline.tune_models import Pair
+
+ADAPTER = "adapter"
+BACKWARD = 3.0  # times a forward pass, that included
+
+
+def check_peft() -> None:
+    """Raise UsageError without peft."""
+    try:
+        import peft  # noqa: F401, PLC0415 (an extra)
+    except ImportError as error:
+        raise UsageError("mode lora needs the package `peft`", hint="pip install 'vptq[lora]'") from error
+
+
+class AdapterTuning:
+    """Adapters on a packed model.
+
+    Args: as for `tune_blocks.BlockTuning`.
+    """
+
+    def __init__(
+        self, pair: Pair, config: FinetuneConfig, tokens: Tensor, job: TuneJob, told: Told, note: Callable[[str], None]
+    ) -> None:
+        self.pair, self.config, self.tokens, self.job, self.told, self.note = pair, config, tokens, job, told, note
+        self.stopped = ""
+        self.model: Any = None
+
+    def units(self) -> float:
+        """What `told` is told in all: tokens that went forward through a block."""
+        assert self.config.steps is not None
+        return self.config.steps * self._step_units()
+
+    def _step_units(self) -> float:
+        times = BACKWARD + self.config.gradient_checkpointing
+        tokens = (self.config.batch_size or 1) * self.tokens.shape[1]
+        return times * tokens * len(self.pair.original.blocks)
+
+    def run(self) -> dict[str, list[dict[str, Any]]]:
+        """Train, leave the best adapters in `model`; the history."""
+        trainer = self._trainer()
+        trainer.evaluate()
+        first = trainer.state.log_history[-1]["eval_loss"]
+        last = _last_checkpoint(Path(trainer.args.output_dir))
+        trainer.train(resume_from_checkpoint=last)
+        self.model.eval()
+        history = [{"step": 0, "held_out": first}, *_history(trainer.state.log_history)]
+        best = min(entry["held_out"] for entry in history if "held_out" in entry)
+        self.note(f"held-out loss {first:.4f} -> {best:.4f}" + (f"; stopped: {self.stopped}" if self.stopped else ""))
+        if best >= first:
+            self.note("warning: the adapters gained nothing on the held-out text. Lower --learning_rate, or give more text")
+        return {"adapters": history}
+
+    def save(self, folder: Path) -> None:
+        """The adapters as peft keeps them, in a folder."""
+        self.model.save_pretrained(folder / ADAPTER)
+
+    def perplexity(self, windows: Tensor, dataset: str, progress: Callable[[], None]) -> Perplexity:
+        """Of the model with its adapters, on windows (num_windows, seq_len) int64."""
+        return whole_perplexity(self.model, windows, stride=None, dataset=dataset, progress=progress)
+
+    def merged(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Dequantized weights, (out_features, in_features) each, with what the adapters add to them."""
+        modules = {name.removeprefix("base_model.model."): module for name, module in self.model.named_modules()}
+        for name, weight in weights:
+            module = modules[name]
+            if hasattr(module, "get_delta_weight"):
+                for adapter in module.active_adapters:
+                    delta = module.get_delta_weight(adapter).detach().to("cpu", torch.float32)
+                    weight = (weight.float() + delta).to(weight.dtype)
+            yield name, weight
+
+    # -- with peft and transformers -------------------------------------------------------------------------------------
+
+    def _trainer(self) -> Any:
+        from transformers import EarlyStoppingCallback, Trainer  # noqa: PLC0415 (slow import)
+
+        logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
+        self.model = self._with_adapters()
+        held_out = self.config.num_held_out or 1
+        trainer = Trainer(
+            model=self.model,
+            args=self._arguments(),
+            train_dataset=_Sequences(self.tokens[: len(self.tokens) - held_out]),
+            eval_dataset=_Sequences(self.tokens[len(self.tokens) - held_out :]),
+            callbacks=[EarlyStoppingCallback(self.config.patience), self._listener()],
+        )
+        printing = [
+            c for c in trainer.callback_handler.callbacks if type(c).__name__ in ("PrinterCallback", "ProgressCallback")
+        ]
+        for callback in printing:
+            trainer.remove_callback(callback)
+        return trainer
+
+    def _with_adapters(self) -> Any:
+        from peft import LoraConfig, TaskType, get_peft_model  # noqa: PLC0415 (an extra)
+
+        config = self.config
+        dtype = torch.float32 if self.pair.device.type == "cpu" else None
+        trust = self.pair.trust_remote_code
+        model = load_quantized(self.pair.packed.folder, self.pair.device, dtype=dtype, trust_remote_code=trust)
+        if self.pair.device.type == "cpu":
+            cache_weights(model)  # they don't learn, and unpacking them twice a step takes longer than all else
+        model.config.use_cache = False
+        model.name_or_path = str(self.pair.packed.folder)  # where the adapters will look for it
+        targets = list(config.target_modules) if config.target_modules else sorted(packed_linears(model))
+        torch.manual_seed(config.seed)
+        settings = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # any number does
+            lora_dropout=config.lora_dropout,
+            target_modules=targets,
+            task_type=TaskType.CAUSAL_LM,
+        )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of transformers, of what peft calls
+                return get_peft_model(model, settings)
+        except ValueError as error:
+            known = sorted({name.rpartition(".")[2] for name in packed_linears(model)})
+            raise UsageError(
+                "adapters can't be put on this model",
+                where=[str(error).split("\n")[0][:200]],
+                hint=f"--target_modules {' '.join(known)}",
+            ) from error
+
+    def _arguments(self) -> Any:
+        from transformers import TrainingArguments  # noqa: PLC0415 (slow import)
+
+        config, steps = self.config, self.config.steps or 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            arguments = TrainingArguments(
+                output_dir=str(self.job.work / "trainer"),
+                max_steps=steps,
+                per_device_train_batch_size=config.micro_batch_size,
+                per_device_eval_batch_size=config.micro_batch_size,
+                gradient_accumulation_steps=max(1, (config.batch_size or 1) // config.micro_batch_size),
+                learning_rate=config.learning_rate or 0.0,
+                warmup_steps=round(config.warmup_frac * steps),
+                lr_scheduler_type="cosine",
+                weight_decay=config.weight_decay,
+                eval_strategy="steps",
+                eval_steps=config.eval_every or steps,
+                save_strategy="steps",
+                save_steps=config.eval_every or steps,
+                save_total_limit=2,
+                load_best_model_at_end=True,
+                metric_for_best_model="eval_loss",
+                greater_is_better=False,
+                logging_steps=1,
+                logging_nan_inf_filter=False,
+                seed=config.seed,
+                bf16=self.pair.compute == torch.bfloat16,
+                use_cpu=self.pair.device.type == "cpu",
+                gradient_checkpointing=config.gradient_checkpointing,
+                gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+                remove_unused_columns=False,
+                dataloader_pin_memory=False,
+                report_to=[],
+                disable_tqdm=True,
+            )
+        arguments._n_gpu = min(1, arguments.n_gpu)  # else it copies the model to every GPU that it sees
+        return arguments
+
+    def _listener(self) -> Any:
+        from transformers import TrainerCallback  # noqa: PLC0415 (slow import)
+
+        tuning, first = self, []
+
+        class Listener(TrainerCallback):
+            """Tells of progress, and ends a training that diverges."""
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_others: Any) -> None:
+                tuning.told("training", tuning._step_units())
+
+            def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+                logs: Mapping[str, float] = others["logs"]
+                loss = logs.get("loss", logs.get("eval_loss"))
+                if loss is None:
+                    return
+                if "eval_loss" in logs:
+                    first.append(loss)
+                if not math.isfinite(loss) or (first and loss > DIVERGED * first[0]):
+                    tuning.stopped = f"diverged at step {state.global_step}: the loss is {loss:.4g}"
+                    control.should_training_stop = True
+
+        return Listener()
+
+
+class _Sequences(torch.utils.data.Dataset):
+    """Token sequences as Trainer takes them. tokens: (num_sequences, seq_len) int64."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens[number], "labels": self.tokens[number]}
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint  # noqa: PLC0415 (slow import)
+
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def _history(log: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Trainer's log as ours: one entry a step."""
+    found: dict[int, dict[str, float]] = {}
+    for entry in log:
+        own = found.setdefault(int(entry["step"]), {"step": int(entry["step"])})
+        for theirs, name in (("loss", "loss"), ("learning_rate", "learning_rate"), ("eval_loss", "held_out")):
+            if theirs in entry:
+                own[name] = entry[theirs]
+    return [found[step] for step in sorted(found) if step > 0]
