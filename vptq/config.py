@@ -21,6 +21,7 @@ from vptq.recipe import (
     OFF,
     RECIPE,
     ROWS,
+    AfterKind,
     CodebookScope,
     CodebookSource,
     ExecutorKind,
@@ -282,6 +283,9 @@ class QuantConfig:
     new_eval: bool = option(False, "results", "perplexity on wikitext2 and c4-new when done")
     eval_dataset: str | None = option(None, "results", "perplexity on this text (a name or a path) when done")
     eval_nsamples: int = option(OFF, "results", "most windows of each evaluation text (-1 = all)")
+    finetune: AfterKind | None = option(
+        None, "results", "fine-tune what came out as `vptq finetune` does, on the calibration text: block or e2e"
+    )
     num_gpus: int = option(1, "devices", "workers that share the work, one a GPU (on CPU if there is none)")
     executor: ExecutorKind = option(
         "local", "devices", "local: workers on this machine; ray: on a Ray cluster (pip install 'vptq[ray]')"
@@ -310,6 +314,8 @@ class QuantConfig:
         for name, value in (("head_bits", self.head_bits), ("embed_bits", self.embed_bits)):
             check(value is None or value in ROWS, f"{name} is {value}, must be one of {', '.join(map(str, ROWS))}")
         check(self.sensitivity_path is None or self.bits is not None, "sensitivity_path goes with bits")
+        check(self.finetune in (None, *get_args(AfterKind)), f"finetune is {self.finetune!r}, must be block or e2e")
+        check(self.finetune is None or self.save_packed_model, "finetune needs save_packed_model")
         check(self.executor in get_args(ExecutorKind), f"executor is {self.executor!r}, must be local or ray")
         check(self.ray_address is None or self.executor == "ray", "ray_address goes with executor ray")
         check(self.num_gpus >= 1, f"num_gpus is {self.num_gpus}, must be 1 or more")

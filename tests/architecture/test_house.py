@@ -137,11 +137,12 @@ INSIDE = {  # order of files within a room, from the street up
         "tune_whole",
         "tune_adapters",
         "finetune",
+        "quantize_tuned",
         "rates",
         "estimate",
         "forecast",
     ],
-    "cli": ["options", "show", "plan", "quantize", "finetune", "eval_ppl", "eval_kl", "eval_tasks", "generate", "bits", "main"],
+    "cli": ["options", "show", "plan", "finetune", "quantize", "eval_ppl", "eval_kl", "eval_tasks", "generate", "bits", "main"],
 }
 TORCH_FREE = [
     "errors",

@@ -125,8 +125,8 @@ def _argument(f: dataclasses.Field, hint: Any) -> dict[str, Any]:
         return keywords | {"nargs": "+", "metavar": f.metadata["metavar"] or "STR"}
     if _base_type(hint) is bool:
         return keywords | {"nargs": "?", "const": "True", "metavar": "BOOL"}
-    if get_origin(hint) is Literal:
-        return keywords | {"metavar": "|".join(get_args(hint))}
+    if get_origin(_base_type(hint)) is Literal:
+        return keywords | {"metavar": "|".join(get_args(_base_type(hint)))}
     return keywords | {"metavar": _base_type(hint).__name__.upper()}
 
 
@@ -166,9 +166,9 @@ def _convert(value: Any, hint: Any) -> Any:
         return [_convert(v, int) for v in value]
     if _is_list(hint):
         return [_convert(v, str) for v in ([value] if isinstance(value, str) else value)]
-    if get_origin(hint) is Literal:
-        return str(value)  # the config checks the choice
     base = _base_type(hint)
+    if get_origin(base) is Literal:
+        return str(value)  # the config checks the choice
     if base is bool:
         return value if isinstance(value, bool) else _to_bool(value)
     if base is int:

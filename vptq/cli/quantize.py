@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vptq.cli.finetune import summary as tuning_summary
 from vptq.cli.options import add_fields, make_parser, merge_settings, normalise_flags, with_defaults
 from vptq.cli.plan import show_forecast
 from vptq.cli.show import Bar, megabytes, say, table, with_error
@@ -57,9 +58,9 @@ def run(argv: Sequence[str]) -> int:
 
     bar = Bar()
     try:
-        from vptq.pipeline.run import quantize_model
+        from vptq.pipeline.quantize_tuned import quantize_and_tune
 
-        result = quantize_model(config, resume=resume, given=given, progress=bar)
+        result, tuned = quantize_and_tune(config, resume=resume, given=given, progress=bar)
     except KeyboardInterrupt:
         bar.finish()
         if bar.folder is None:
@@ -74,6 +75,8 @@ def run(argv: Sequence[str]) -> int:
     finally:
         bar.finish()
     print(summary(result))
+    if tuned is not None:
+        print(f"\nfine-tuned ({tuned.folder.parent.name.removeprefix('finetune_')})\n{tuning_summary(tuned)}")
     return 0
 
 

@@ -98,7 +98,7 @@ class Bar:
         self._bar = tqdm(total=total, initial=done, bar_format=layout, smoothing=0.05, dynamic_ncols=True)
 
     def run_folder(self, folder: str) -> None:
-        self.folder = folder
+        self.folder = self.folder or folder  # a command's own first, then those of what it calls
         self.note(f"run folder: {folder}")
 
     def advance(self, units: float) -> None:

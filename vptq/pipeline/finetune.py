@@ -34,7 +34,7 @@ from vptq.models.stream import FolderSource
 from vptq.nn.reference import dequantize_packed
 from vptq.pipeline.evaluate import load_windows, make_runner, resolve_seq_len
 from vptq.pipeline.progress import Progress, Silent
-from vptq.pipeline.tune_adapters import AdapterTuning, check_peft
+from vptq.pipeline.tune_adapters import AdapterTuning, check_adapters
 from vptq.pipeline.tune_blocks import BlockTuning
 from vptq.pipeline.tune_job import TEXT, TuneJob
 from vptq.pipeline.tune_models import Pair
@@ -122,7 +122,7 @@ class _Run:
         self.config = config.resolved(pair.num_parameters, pair.original.max_seq_len)
         datasets_of(self.config)
         if self.config.mode == "lora":
-            check_peft()
+            check_adapters(self.config, pair)
         self.windows = self._windows(pair)
         marks = [fingerprint(FolderSource(path).entries) for path in (self.original, self.given)]
         if job is not None and job.fingerprint != " ".join(marks):

@@ -27,12 +27,21 @@ ADAPTER = "adapter"
 BACKWARD = 3.0  # times a forward pass, that included
 
 
-def check_peft() -> None:
-    """Raise UsageError without peft."""
+def check_adapters(config: FinetuneConfig, pair: Pair) -> None:
+    """Raise UsageError without peft, or for adapters on what is not packed."""
     try:
         import peft  # noqa: F401, PLC0415 (an extra)
     except ImportError as error:
         raise UsageError("mode lora needs the package `peft`", hint="pip install 'vptq[lora]'") from error
+    ends = {name for name, layer in pair.layers.items() if layer.weight_of or not name.startswith(pair.packed.blocks_name)}
+    known = sorted({name.rpartition(".")[2] for name in pair.layers.keys() - ends})
+    missing = [
+        target
+        for target in config.target_modules or ()
+        if not any(name == target or name.endswith(f".{target}") for name in pair.layers.keys() - ends)
+    ]
+    if missing:
+        raise UsageError("no packed linear has this name", where=missing, hint=f"--target_modules {' '.join(known)}")
 
 
 class AdapterTuning:
@@ -70,8 +79,15 @@ class AdapterTuning:
         best = min(entry["held_out"] for entry in history if "held_out" in entry)
         self.note(f"held-out loss {first:.4f} -> {best:.4f}" + (f"; stopped: {self.stopped}" if self.stopped else ""))
         if best >= first:
-            self.note("warning: the adapters gained nothing on the held-out text. Lower --learning_rate, or give more text")
+            self._forget_all()
+            self.note("warning: adapters only made it worse, and are left at nought. Lower --learning_rate, or give more text")
         return {"adapters": history}
+
+    @torch.no_grad()
+    def _forget_all(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
 
     def save(self, folder: Path) -> None:
         """The adapters as peft keeps them, in a folder."""
@@ -134,17 +150,9 @@ class AdapterTuning:
             target_modules=targets,
             task_type=TaskType.CAUSAL_LM,
         )
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # of transformers, of what peft calls
-                return get_peft_model(model, settings)
-        except ValueError as error:
-            known = sorted({name.rpartition(".")[2] for name in packed_linears(model)})
-            raise UsageError(
-                "adapters can't be put on this model",
-                where=[str(error).split("\n")[0][:200]],
-                hint=f"--target_modules {' '.join(known)}",
-            ) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, of what peft calls
+            return get_peft_model(model, settings)
 
     def _arguments(self) -> Any:
         from transformers import TrainingArguments  # noqa: PLC0415 (slow import)
@@ -203,7 +211,8 @@ class AdapterTuning:
                     return
                 if "eval_loss" in logs:
                     first.append(loss)
-                if not math.isfinite(loss) or (first and loss > DIVERGED * first[0]):
+                worse = state.global_step > 0 and bool(first) and loss > DIVERGED * first[0]
+                if worse or not math.isfinite(loss):
                     tuning.stopped = f"diverged at step {state.global_step}: the loss is {loss:.4g}"
                     control.should_training_stop = True
 

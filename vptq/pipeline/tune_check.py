@@ -52,13 +52,16 @@ def best_part(
     wanted = last_states(original, windows)
     found, ways = {}, {part: _on_the_way(pair, changed, part) for part in PARTS}
     for part, values in ways.items():
-        skeleton = load_skeleton(pair.packed.folder, pair.trust_remote_code, forced_dtype(pair.device))
-        runner = BlockRunner(skeleton, _source(pair, skeleton, values), pair.device, pair.dtype)
-        states = last_states(runner, windows)
-        found[part] = compare((original, wanted), (runner, states), windows, "held out").mean
+        found[part] = _divergence_of(pair, original, wanted, windows, values)
         told()
     original.unload()
     return ways[min(found, key=lambda part: found[part])], found
+
+
+def _divergence_of(pair: Pair, original: BlockRunner, wanted: Tensor, windows: Tensor, values: Mapping[str, Tensor]) -> float:
+    skeleton = load_skeleton(pair.packed.folder, pair.trust_remote_code, forced_dtype(pair.device))
+    runner = BlockRunner(skeleton, _source(pair, skeleton, values), pair.device, pair.dtype)
+    return compare((original, wanted), (runner, last_states(runner, windows)), windows, "held out").mean
 
 
 def _source(pair: Pair, skeleton: Skeleton, values: Mapping[str, Tensor]) -> DequantizedSource:

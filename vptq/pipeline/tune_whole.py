@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vptq.checkpoint.reader import load_whole
 from vptq.finetune.distill import Distillation, Weights
@@ -173,13 +172,7 @@ class WholeTuning:
         """The packed model, as it trains: no dropout, blocks computed twice if that is asked for."""
         student: Any = self.pair.load_student()
         if self.config.gradient_checkpointing:
-            with contextlib.suppress(AttributeError):
-                student.config.attention_dropout = 0.0
             _compute_blocks_twice(student)
-            student.train()
-            for module in student.modules():
-                if isinstance(module, nn.Dropout):
-                    module.eval()
         return student
 
     def _teacher(self) -> Callable[[list[int]], Tensor]:
@@ -212,9 +205,11 @@ class WholeTuning:
 
 
 def _compute_blocks_twice(model: Any) -> None:
-    """Gradient checkpointing, by whatever name transformers knows it."""
+    """Gradient checkpointing, by whatever name transformers knows it; only modules that do it are told that they train."""
     settings = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(settings)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    for module in model.modules():
+        module.training = hasattr(module, "gradient_checkpointing")  # not its children: dropout stays off

@@ -1,0 +1,389 @@
+"""Whole fine-tuning runs: each mode on tiny models, resume, faults; on the demo model in CI."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import make_tiny_llama
+from tests.pipeline.test_run import config_of
+from vptq.checkpoint.reader import load_quantized, load_whole
+from vptq.errors import RunError, UsageError
+from vptq.evaluation.divergence import compare, last_states
+from vptq.finetune_config import FinetuneConfig
+from vptq.models.architecture import load_skeleton
+from vptq.pipeline.evaluate import make_runner
+from vptq.pipeline.finetune import finetune_model
+from vptq.pipeline.fold import find_fold
+from vptq.pipeline.progress import Silent
+from vptq.pipeline.quantize_tuned import quantize_and_tune
+from vptq.pipeline.run import quantize_model
+from vptq.pipeline.tune_text import tuning_tokens
+from vptq.pipeline.tune_whole import _compute_blocks_twice
+
+ROTATED = {"rotation": "hadamard", "codebook_scope": "shared", "num_centroids": (-1, 16), "vector_lens": (-1, 1)}
+INDICES = ("indices", "perm", "packed")
+
+
+@pytest.fixture(scope="module")
+def originals(tiny_llama, tmp_path_factory):
+    """By kind: head and embeddings tied, and not, so that rotations fold."""
+    folder = tmp_path_factory.mktemp("untied")
+    return {"plain": tiny_llama, "trellis": tiny_llama, "folded": make_tiny_llama(folder / "m", tie_word_embeddings=False)}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(originals, text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed")
+    trellis = ROTATED | {"trellis_bits": 2}
+    settings = {"plain": {}, "trellis": trellis, "folded": trellis}
+    return {
+        kind: quantize_model(config_of(originals[kind], text_file, out / kind, **s)).folder / "packed_model"
+        for kind, s in settings.items()
+    }
+
+
+@pytest.fixture
+def wishes(originals, checkpoints, text_file, tmp_path):
+    """Makes a FinetuneConfig for one kind of checkpoint."""
+
+    def make(kind="plain", **changes):
+        settings = {
+            "model_name": str(checkpoints[kind]), "original": str(originals[kind]), "output_dir": str(tmp_path),
+            "dataset": (str(text_file),), "nsamples": 10, "num_held_out": 2, "seq_len": 64, "steps": 6, "eval_every": 2,
+            "batch_size": 4, "micro_batch_size": 2, "device": "cpu", "eval_dataset": (str(text_file),), "eval_nsamples": 4,
+        }  # fmt: skip
+        return FinetuneConfig(**settings | changes)
+
+    return make
+
+
+def tensors_of(folder):
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def changed_names(before, after):
+    old, new = tensors_of(before), tensors_of(after)
+    assert set(old) == set(new)
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+def logits(model):
+    tokens = torch.arange(40)[None] % 30
+    with torch.no_grad():
+        return model(input_ids=tokens.to(model.device)).logits
+
+
+def reload_alike(folder):
+    """Both ways to load a checkpoint give the same logits."""
+    from transformers import AutoModelForCausalLM
+
+    own = logits(load_quantized(folder))
+    assert torch.isfinite(own).all()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), own)
+
+
+@pytest.mark.parametrize("kind", ["plain", "trellis", "folded"])
+def test_blocks_learn(kind, wishes, checkpoints):
+    result = finetune_model(wishes(kind, mode="block"))
+    names = changed_names(checkpoints[kind], result.folder / "packed_model")
+    assert result.held_out[1] < result.held_out[0]
+    assert not any(name.endswith(INDICES) for name in names)
+    if kind != "plain":
+        assert not any("centroids" in name for name in names), "they belong to the whole model"
+    reload_alike(result.folder / "packed_model")
+    assert {p.name for p in result.folder.iterdir()} == {
+        ".lock", "config.yaml", "curves.json", "curves.png", "job.json", "logs", "packed_model", "ppl_results.json"
+    }  # fmt: skip
+    curves = json.loads((result.folder / "curves.json").read_text())["curves"]
+    assert set(curves) == {"0", "1"} and curves["1"][0]["step"] == 0
+    stored = json.loads((result.folder / "ppl_results.json").read_text())
+    (figures,) = stored["ctx_64"].values()
+    assert set(figures) == {"original", "before", "after"}
+    assert stored["held_out_loss"]["after"] == result.held_out[1]
+
+
+@pytest.mark.parametrize("kind", ["plain", "trellis"])
+def test_whole_models_learn(kind, wishes, checkpoints):
+    result = finetune_model(wishes(kind, mode="e2e", steps=10))
+    names = changed_names(checkpoints[kind], result.folder / "packed_model")
+    assert result.held_out[1] < result.held_out[0]
+    assert not any(name.endswith(INDICES) for name in names)
+    assert any("centroids" in name for name in names) and any("norm" in name for name in names)
+    assert not any("embed" in name for name in names)
+    reload_alike(result.folder / "packed_model")
+
+
+def test_the_result_is_what_was_held_out(wishes, monkeypatch):
+    """The loss that training told of its best values is that of the checkpoint, read anew."""
+    kept = []
+    monkeypatch.setattr("vptq.pipeline.finetune.tuning_tokens", lambda *args: kept.append(tuning_tokens(*args)) or kept[0])
+    config = wishes(mode="e2e", eval_dataset=None)
+    result = finetune_model(config)
+    rest, device = kept[0][-2:].contiguous(), torch.device("cpu")
+    folders = Path(config.original), result.folder / "packed_model"
+    runners = [make_runner(load_skeleton(folder, False, torch.float32), device) for folder in folders]
+    pairs = [(runner, last_states(runner, rest)) for runner in runners]
+    assert compare(*pairs, rest, "held out").mean == pytest.approx(result.held_out[1], rel=1e-3)
+
+
+def test_head_learns_if_asked(wishes, checkpoints):
+    result = finetune_model(wishes(mode="e2e", train=("head",), learning_rate=0.05))
+    assert changed_names(checkpoints["plain"], result.folder / "packed_model") == {"model.embed_tokens.weight"}
+
+
+def test_row_scales_leave_the_weights_and_can_learn(wishes, checkpoints):
+    result = finetune_model(wishes("trellis", mode="e2e", train=("scales",), row_scales=True, save_model=True))
+    packed = result.folder / "packed_model"
+    before, after = tensors_of(checkpoints["trellis"]), tensors_of(packed)
+    name = "model.layers.0.self_attn.q_proj.row_scale"
+    assert before[name].shape == (1,) and after[name].shape == (32,) and len(set(after[name].tolist())) > 1
+    assert after["model.layers.0.self_attn.q_proj.indices"].equal(before["model.layers.0.self_attn.q_proj.indices"])
+    reload_alike(packed)
+    own, plain = logits(load_quantized(packed, dtype=torch.float32)), logits(load_whole(str(result.folder / "model"), "cpu"))
+    torch.testing.assert_close(own, plain, rtol=1e-2, atol=1e-2)
+
+
+def test_no_learning_changes_nothing(wishes, checkpoints):
+    """A rate of next to nothing: the best values are those of before."""
+    for mode in ("block", "e2e"):
+        result = finetune_model(wishes(mode=mode, learning_rate=1e-12))
+        assert changed_names(checkpoints["plain"], result.folder / "packed_model") == set()
+
+
+@pytest.mark.parametrize("mode", ["block", "e2e"])
+def test_a_rate_that_diverges_is_told_and_the_best_is_kept(mode, wishes, checkpoints):
+    notes = []
+    progress = Silent()
+    progress.note = notes.append
+    result = finetune_model(wishes(mode=mode, learning_rate=1.0, steps=40, patience=40), progress=progress)
+    assert result.held_out[1] <= result.held_out[0]
+    assert any("diverged" in note and "--learning_rate" in note for note in notes)
+    reload_alike(result.folder / "packed_model")
+
+
+def test_blocks_that_make_a_worse_model_are_left_as_they_were(wishes, checkpoints, monkeypatch):
+    from vptq.pipeline import tune_check
+
+    monkeypatch.setattr(tune_check, "_divergence_of", lambda pair, original, wanted, windows, values: float(len(values)))
+    notes = []
+    progress = Silent()
+    progress.note = notes.append
+    result = finetune_model(wishes(mode="block"), progress=progress)
+    assert changed_names(checkpoints["plain"], result.folder / "packed_model") == set()
+    assert any("all is left as it was" in note for note in notes)
+
+
+class Stop(Silent):
+    """Interrupts at the nth time that it hears of a phase."""
+
+    def __init__(self, phase, after):
+        self.wanted, self.left, self.folder = phase, after, None
+
+    def run_folder(self, folder):
+        self.folder = Path(folder)
+
+    def phase(self, text):
+        if text.startswith(self.wanted):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "mode, phase, after", [("block", "block 1", 6), ("e2e", "training", 5), ("e2e", "perplexity, after", 1)]
+)
+def test_a_stopped_run_goes_on_to_the_same_bytes(mode, phase, after, wishes):
+    whole = finetune_model(wishes(mode=mode))
+    stop = Stop(phase, after)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_model(wishes(mode=mode), progress=stop)
+    again = finetune_model(wishes(), resume=stop.folder)
+    assert again.folder == stop.folder
+    for path in (whole.folder / "packed_model").iterdir():
+        assert path.read_bytes() == (again.folder / "packed_model" / path.name).read_bytes(), path.name
+    assert again.perplexities.keys() == whole.perplexities.keys()
+    third = finetune_model(wishes(), resume=stop.folder)
+    assert third.held_out == again.held_out and third.seconds == 0.0
+    with pytest.raises(UsageError, match="keeps its settings"):
+        finetune_model(wishes(), resume=stop.folder, given={"steps": 7})
+
+
+def test_live_and_cached_predictions_teach_the_same(wishes):
+    results = [finetune_model(wishes(mode="e2e", teacher=teacher)) for teacher in ("cached", "live")]
+    assert results[0].held_out == pytest.approx(results[1].held_out, rel=1e-4)
+
+
+def test_predictions_are_kept_where_that_is_asked(wishes, tmp_path):
+    first = finetune_model(wishes(mode="e2e", cache_dir=str(tmp_path / "kept")))
+    files = list((tmp_path / "kept").glob("*.safetensors"))
+    assert len(files) == 1
+    stamp = files[0].stat().st_mtime_ns
+    assert finetune_model(wishes(mode="e2e", cache_dir=str(tmp_path / "kept"))).held_out == first.held_out
+    assert files[0].stat().st_mtime_ns == stamp
+
+
+def test_text_that_the_original_writes(wishes, text_file, originals, tmp_path):
+    config = dataclasses.replace(wishes(dataset=("self", str(text_file)), nsamples=5), seq_len=12).resolved(1000, 128)
+    found = [tuning_tokens(config, originals["plain"], torch.device("cpu"), lambda *_: None) for _ in range(2)]
+    assert found[0].shape == (5, 12) and torch.equal(*found), "one seed for all"
+    alone = dataclasses.replace(config, dataset=("self",), nsamples=3)
+    own = tuning_tokens(alone, originals["plain"], torch.device("cpu"), lambda *_: None)
+    assert own.shape == (3, 12) and len({tuple(row) for row in own.tolist()}) == 3
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({"model_name": None}, "model_name is missing"),
+        ({"model_name": "ORIGINAL"}, "not a packed VPTQ checkpoint"),
+        ({"original": "PACKED"}, "quantized already"),
+        ({"original": "OTHER"}, "was not quantized from"),
+        ({"original": None}, "was not quantized from"),
+        ({"nsamples": 2, "num_held_out": 2}, "nothing is left to train on"),
+        ({"nsamples": 100000}, "too short"),
+        ({"seq_len": 1000}, "seq_len is 1000"),
+        ({"train": ("codebooks", "biases")}, "biases"),
+        ({"train": ("head",)}, "goes with mode e2e"),
+        ({"mode": "all"}, "mode is 'all'"),
+        ({"mode": "lora", "row_scales": True}, "row_scales goes with"),
+        ({"mode": "lora", "target_modules": ("q_proj", "nothing")}, "no packed linear has this name"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"kl_weight": 0.0, "mode": "e2e"}, "both 0"),
+        ({"dataset": ("no-such-file",)}, "neither a known name nor a path"),
+        ({"dataset": ("self", "self", "self"), "nsamples": 2, "num_held_out": 1}, "for 3 texts"),
+        ({"device": "cuda:99"}, "is not there"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_written(changes, what, wishes, originals, checkpoints, tmp_path):
+    stand_ins = {"ORIGINAL": str(originals["plain"]), "PACKED": str(checkpoints["plain"])}
+    if changes.get("original") == "OTHER":
+        stand_ins["OTHER"] = str(make_tiny_llama(tmp_path / "models" / "other", num_hidden_layers=3))
+    changes = {name: stand_ins.get(value, value) if isinstance(value, str) else value for name, value in changes.items()}
+    with pytest.raises(UsageError, match=what):
+        finetune_model(wishes(**changes))
+    assert not list(tmp_path.glob("*/finetune_*"))
+
+
+def test_memory_that_runs_out_is_told_with_what_to_lower(wishes, monkeypatch):
+    def full(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("vptq.finetune.distill.distillation_loss", full)
+    with pytest.raises(RunError, match="memory ran out") as caught:
+        finetune_model(wishes(mode="e2e", gradient_checkpointing=False, teacher="live"))
+    for word in ("--micro_batch_size (now 2)", "--seq_len", "--teacher cached", "--gradient_checkpointing True"):
+        assert word in caught.value.hint
+
+
+def test_only_e2e_is_shared_by_processes(wishes, monkeypatch):
+    class First:
+        rank, world, device = 0, 2, torch.device("cpu")
+
+        def __init__(self, _device):
+            pass
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("vptq.pipeline.finetune.Launched", First)
+    with pytest.raises(UsageError, match="works in one process"):
+        finetune_model(wishes(mode="block"))
+
+
+def test_gradient_checkpointing_changes_no_number(originals, checkpoints, tmp_path):
+    """Nor does a dropout that the model's configuration asks for."""
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoints["plain"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    model = load_quantized(folder, dtype=torch.float32)
+    model.model.layers[0].self_attn.q_proj.centroids.weight.requires_grad_()
+    calls = []
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    tokens = torch.arange(30)[None]
+    before = model(input_ids=tokens, use_cache=False).logits
+    _compute_blocks_twice(model)
+    after = model(input_ids=tokens, use_cache=False).logits
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    calls.clear()
+    after.sum().backward()
+    assert calls == [1], "the block is computed again on the way back"
+
+
+def test_folds_are_found(originals, checkpoints):
+    from vptq.checkpoint.reader import read_layers
+
+    for kind, folded in (("plain", False), ("trellis", False), ("folded", True)):
+        found = find_fold(load_skeleton(originals[kind]), read_layers(checkpoints[kind]))
+        assert (found is not None) == folded, kind
+
+
+def test_quantize_and_tune_in_one_run(tiny_llama, text_file, tmp_path):
+    config = config_of(tiny_llama, text_file, tmp_path, finetune="block", nsamples=6)
+    stop = Stop("block 1", 3)
+    folders = []
+    stop.run_folder = folders.append
+    with pytest.raises(KeyboardInterrupt):
+        quantize_and_tune(config, progress=stop)
+    assert len(folders) == 2 and Path(folders[1]).parent.name == "finetune_block"
+    result, tuned = quantize_and_tune(config, resume=folders[0])
+    assert str(result.folder) == folders[0] and str(tuned.folder) == folders[1]
+    assert tuned.held_out[1] <= tuned.held_out[0]
+    reload_alike(tuned.folder / "packed_model")
+    assert quantize_and_tune(dataclasses.replace(config, finetune=None), progress=Silent())[1] is None
+
+
+# -- the demo model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
+
+    linear = LinearConfig(vector_lens=(-1, 4), num_centroids=(-1, 256), kiter=10)
+    output = tmp_path_factory.mktemp("demo")
+    config = QuantConfig(
+        output_dir=str(output), device="cpu", linear=linear, calibration=CalibrationConfig(nsamples=16, seq_len=128)
+    )
+    return quantize_model(config).folder / "packed_model"
+
+
+def tune_demo(demo, output, **changes):
+    settings = {"nsamples": 32, "seq_len": 128, "steps": 12, "batch_size": 8, "micro_batch_size": 8, "eval_nsamples": 40}
+    return finetune_model(FinetuneConfig(model_name=str(demo), output_dir=str(output), device="cpu", **settings | changes))
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("mode", ["block", "e2e"])
+def test_the_demo_model_comes_closer_to_its_original(mode, demo, tmp_path):
+    result = tune_demo(demo, tmp_path, mode=mode)
+    assert result.held_out[1] < result.held_out[0]
+    (figures,) = result.perplexities.values()
+    assert figures["original"].perplexity < figures["after"].perplexity < figures["before"].perplexity
+    names = changed_names(demo, result.folder / "packed_model")
+    assert names and not any(name.endswith(INDICES) for name in names)
+    reload_alike(result.folder / "packed_model")
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_two_processes_train_the_demo_model(demo, tmp_path):
+    words = f"--mode e2e --model_name {demo} --output_dir {tmp_path} --nsamples 12 --num_held_out 2 --seq_len 64 --steps 3"
+    words += " --batch_size 4 --eval_nsamples 2 --device cpu"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "vptq", "finetune"]
+    subprocess.run([*command, *words.split()], check=True, capture_output=True, timeout=300)
+    (folder,) = (tmp_path / "demo" / "finetune_e2e").iterdir()
+    alone = tune_demo(
+        demo, tmp_path / "alone", mode="e2e", nsamples=12, num_held_out=2, seq_len=64, steps=3, batch_size=4,
+        micro_batch_size=1, eval_nsamples=2,
+    )  # fmt: skip
+    stored = json.loads((folder / "ppl_results.json").read_text())["held_out_loss"]
+    assert (stored["before"], stored["after"]) == pytest.approx(alone.held_out, rel=1e-4)
