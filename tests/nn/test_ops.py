@@ -65,11 +65,11 @@ def test_torch_accepts_the_operators(generator, device):
     x = torch.randn(2, 48, generator=generator).to(device).requires_grad_()
     short = torch.randn(2, 24, generator=generator).to(device).requires_grad_()
     check = library.opcheck
-    check(ops._vector_product, (x, vectors.words, vectors.main, vectors.residual, *ops._vector_sizes(vectors)))
-    check(ops._vector_weight, (vectors.words, vectors.main, vectors.residual, *ops._vector_sizes(vectors)))
-    check(ops._ring_product, (short, rings.words, rings.table, None, *ops._ring_sizes(rings)))
-    check(ops._ring_weight, (rings.words, rings.table, *ops._ring_sizes(rings)))
-    check(ops._rotate, (x, 3, "out", 2, True))
+    check(ops._vector_product.operator, (x, vectors.words, vectors.main, vectors.residual, *ops._vector_sizes(vectors)))
+    check(ops._vector_weight.operator, (vectors.words, vectors.main, vectors.residual, *ops._vector_sizes(vectors)))
+    check(ops._ring_product.operator, (short, rings.words, rings.table, None, *ops._ring_sizes(rings)))
+    check(ops._ring_weight.operator, (rings.words, rings.table, *ops._ring_sizes(rings)))
+    check(ops._rotate.operator, (x, 3, "out", 2, True))
 
 
 @pytest.mark.parametrize("back", [False, True])

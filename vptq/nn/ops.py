@@ -5,6 +5,7 @@ Gradients go to x and to the codebooks (fine-tuning trains these); indices have 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +44,61 @@ def rotate(x: Tensor, rotation: Rotation | None, back: bool = False) -> Tensor:
     return x if rotation is None else _rotate(x, rotation.seed, rotation.side, rotation.blocks, back)
 
 
+class Operator:
+    """A function as an operator of torch's, and, where nothing is compiled or traced, as it is: the operator's gradients cost
+    several times as much of Python's time, which for a linear of middling size is more than a GPU takes.
+
+    Args:
+        run: the function; its tensors come first. schema: of its arguments and its answer.
+    """
+
+    def __init__(self, name: str, run: Callable[..., Tensor], schema: str) -> None:
+        self.run = run
+        self.operator = library.custom_op(f"vptq::{name}", run, mutates_args=(), schema=schema)
+        self._back: Callable[..., tuple] | None = None
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        plain = type(inputs[0]) in (Tensor, torch.nn.Parameter)  # not one of those that stand for tensors while torch traces
+        if not plain or inputs[0].is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.operator(*inputs)
+        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+            return _Eager.apply(*inputs, self)
+        return self.run(*inputs)
+
+    def register(self, fake: Callable[..., Tensor], back: Callable[..., tuple]) -> None:
+        """What has its shape, and its gradients: from a context that `_keep` has filled, and the answer's gradient."""
+        self.operator.register_fake(fake)
+        self.operator.register_autograd(back, setup_context=_keep)
+        self._back = back
+
+    def back(self, ctx: Any, gradient: Tensor) -> tuple:
+        """The gradients of the inputs."""
+        assert self._back is not None
+        return self._back(ctx, gradient)
+
+
+class _Eager(torch.autograd.Function):
+    """An `Operator`, its last argument, as autograd takes functions."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *own, operator = inputs
+        _keep(ctx, tuple(own), None)
+        ctx.operator = operator
+        return operator.run(*own)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        return (*ctx.operator.back(ctx, gradient), None)
+
+
+def _keep(ctx: Any, inputs: tuple, output: Any) -> None:
+    """Tensors, which come first, and sizes."""
+    count = sum(value is None or isinstance(value, Tensor) for value in inputs)
+    ctx.save_for_backward(*inputs[:count])
+    ctx.sizes = inputs[count:]
+
+
 def _vector_sizes(matrix: VectorMatrix) -> tuple[int, int, bool, int, int]:
     return matrix.out_features, matrix.group_size, matrix.along_out, matrix.main_bits, matrix.residual_bits
 
@@ -73,10 +129,7 @@ def _by_kernel(matrix: VectorMatrix | RingMatrix, x: Tensor | None = None) -> Te
     return (x.to(matrix.dtype) @ weight_by_kernel(matrix).T).to(x.dtype)
 
 
-@library.custom_op(
-    "vptq::vector_product", mutates_args=(), schema="(Tensor x, Tensor words, Tensor main, Tensor? residual, " + VECTOR_SIZES
-)
-def _vector_product(
+def _run_vector_product(
     x: Tensor, words: Tensor, main: Tensor, residual: Tensor | None,
     out_features: int, group_size: int, along_out: bool, main_bits: int, residual_bits: int,
 ) -> Tensor:  # fmt: skip
@@ -84,15 +137,7 @@ def _vector_product(
     return _by_kernel(matrix, x) if _takes(matrix, x) else vector_product(x, matrix)
 
 
-@_vector_product.register_fake
-def _(x: Tensor, words: Tensor, main: Tensor, residual: Tensor | None, out_features: int, *_sizes: Any) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
-
-
-@library.custom_op(
-    "vptq::vector_weight", mutates_args=(), schema="(Tensor words, Tensor main, Tensor? residual, " + VECTOR_SIZES
-)
-def _vector_weight(
+def _run_vector_weight(
     words: Tensor, main: Tensor, residual: Tensor | None,
     out_features: int, group_size: int, along_out: bool, main_bits: int, residual_bits: int,
 ) -> Tensor:  # fmt: skip
@@ -100,15 +145,7 @@ def _vector_weight(
     return _by_kernel(matrix) if _takes(matrix) else vector_weight(matrix)
 
 
-@_vector_weight.register_fake
-def _(words: Tensor, main: Tensor, residual: Tensor | None, out_features: int, group_size: int, *_sizes: Any) -> Tensor:
-    return main.new_empty(out_features, words.shape[0] * group_size)
-
-
-@library.custom_op(
-    "vptq::ring_product", mutates_args=(), schema="(Tensor x, Tensor words, Tensor table, Tensor? run_table, " + RING_SIZES
-)
-def _ring_product(
+def _run_ring_product(
     x: Tensor, words: Tensor, table: Tensor, run_table: Tensor | None,
     out_features: int, ring_len: int, state_bits: int, step_bits: int,
 ) -> Tensor:  # fmt: skip
@@ -116,26 +153,12 @@ def _ring_product(
     return _by_kernel(matrix, x) if _takes(matrix, x) else ring_product(x, matrix)
 
 
-@_ring_product.register_fake
-def _(x: Tensor, words: Tensor, table: Tensor, run_table: Tensor | None, out_features: int, *_sizes: Any) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
-
-
-@library.custom_op("vptq::ring_weight", mutates_args=(), schema="(Tensor words, Tensor table, " + RING_SIZES)
-def _ring_weight(words: Tensor, table: Tensor, out_features: int, ring_len: int, state_bits: int, step_bits: int) -> Tensor:
+def _run_ring_weight(words: Tensor, table: Tensor, out_features: int, ring_len: int, state_bits: int, step_bits: int) -> Tensor:
     matrix = _rings_of(words, table, None, out_features, ring_len, state_bits, step_bits)
     return _by_kernel(matrix) if _takes(matrix) else ring_weight(matrix)
 
 
-@_ring_weight.register_fake
-def _(words: Tensor, table: Tensor, out_features: int, *_sizes: Any) -> Tensor:
-    return table.new_empty(out_features, words.shape[2])
-
-
-@library.custom_op(
-    "vptq::rotate", mutates_args=(), schema="(Tensor x, SymInt seed, str side, SymInt blocks, bool back) -> Tensor"
-)
-def _rotate(x: Tensor, seed: int, side: str, blocks: int, back: bool) -> Tensor:
+def _run_rotate(x: Tensor, seed: int, side: str, blocks: int, back: bool) -> Tensor:
     rotation = Rotation(x.shape[-1], seed, "in" if side == "in" else "out", blocks)
     if x.dtype in SHORT_FLOATS and x.is_cuda and use_kernels(x.device) and cut_turn(rotation) and kernels_run(x.device):
         rows = Turn(x.reshape(-1, x.shape[-1]).contiguous(), rotation)
@@ -143,9 +166,15 @@ def _rotate(x: Tensor, seed: int, side: str, blocks: int, back: bool) -> Tensor:
     return (rotation.undo(x) if back else rotation.apply(x)).contiguous()
 
 
-@_rotate.register_fake
-def _(x: Tensor, *_settings: Any) -> Tensor:
-    return x.new_empty(x.shape)
+_vector_product = Operator(
+    "vector_product", _run_vector_product, "(Tensor x, Tensor words, Tensor main, Tensor? residual, " + VECTOR_SIZES
+)
+_vector_weight = Operator("vector_weight", _run_vector_weight, "(Tensor words, Tensor main, Tensor? residual, " + VECTOR_SIZES)
+_ring_product = Operator(
+    "ring_product", _run_ring_product, "(Tensor x, Tensor words, Tensor table, Tensor? run_table, " + RING_SIZES
+)
+_ring_weight = Operator("ring_weight", _run_ring_weight, "(Tensor words, Tensor table, " + RING_SIZES)
+_rotate = Operator("rotate", _run_rotate, "(Tensor x, SymInt seed, str side, SymInt blocks, bool back) -> Tensor")
 
 
 def _book_gradients(matrix: VectorMatrix | RingMatrix, gradient: Tensor) -> list[Tensor]:
@@ -187,13 +216,6 @@ def _of_matrix(gradient: Tensor, x: Tensor) -> Tensor:
     return gradient.T @ x if gradient.dtype == x.dtype else gradient.float().T @ x.float()
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    """Tensors, which come first, and sizes."""
-    count = sum(value is None or isinstance(value, Tensor) for value in inputs)
-    ctx.save_for_backward(*inputs[:count])
-    ctx.sizes = inputs[count:]
-
-
 def _vector_product_back(ctx: Any, gradient: Tensor) -> tuple:
     x, words, main, residual = ctx.saved_tensors
     matrix = VectorMatrix(words, main, residual, *ctx.sizes)
@@ -227,19 +249,20 @@ def _ring_weight_back(ctx: Any, gradient: Tensor) -> tuple:
     return None, _book_gradients(_rings_of(words, table, None, *ctx.sizes), gradient)[0], None, None, None, None
 
 
-_vector_product.register_autograd(_vector_product_back, setup_context=_keep)
-_vector_weight.register_autograd(_vector_weight_back, setup_context=_keep)
-_ring_product.register_autograd(_ring_product_back, setup_context=_keep)
-_ring_weight.register_autograd(_ring_weight_back, setup_context=_keep)
-
-
-def _keep_settings(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.settings = inputs[1:]
-
-
 def _rotate_back(ctx: Any, gradient: Tensor) -> tuple:
-    *settings, back = ctx.settings
+    *settings, back = ctx.sizes
     return _rotate(gradient, *settings, not back), None, None, None, None  # the inverse of a rotation is its transpose
 
 
-_rotate.register_autograd(_rotate_back, setup_context=_keep_settings)
+_vector_product.register(
+    lambda x, words, main, residual, out_features, *_: x.new_empty(x.shape[0], out_features), _vector_product_back
+)
+_vector_weight.register(
+    lambda words, main, residual, out_features, group_size, *_: main.new_empty(out_features, words.shape[0] * group_size),
+    _vector_weight_back,
+)
+_ring_product.register(
+    lambda x, words, table, runs, out_features, *_: x.new_empty(x.shape[0], out_features), _ring_product_back
+)
+_ring_weight.register(lambda words, table, out_features, *_: table.new_empty(out_features, words.shape[2]), _ring_weight_back)
+_rotate.register(lambda x, *_: x.new_empty(x.shape), _rotate_back)
