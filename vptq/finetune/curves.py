@@ -44,6 +44,7 @@ def _draw_one(axes: Any, history: History, label: str) -> None:
     axes.set(xlabel="step", ylabel=label)
     axes.legend()
     axes.grid(alpha=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _draw_many(both: Any, curves: Mapping[str, History], label: str) -> None:
@@ -65,3 +66,4 @@ def _draw_many(both: Any, curves: Mapping[str, History], label: str) -> None:
     both[1].set(xlabel="step", ylabel="held-out loss, of that before (first block blue, last red)")
     for axes in both:
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
