@@ -18,10 +18,22 @@ BATCH = {"block": 16, "e2e": 16, "lora": 16}
 TRAINED: dict[str, tuple[TrainableKind, ...]] = {
     "block": ("codebooks", "scales", "offsets", "norms"),
     "e2e": ("codebooks", "scales", "offsets", "norms"),
-    "lora": (),
 }
 RATES = ((1e9, 2e-3), (7e9, 5e-4), (2e10, 1e-4), (float("inf"), 5e-5))  # up to so many parameters, the rate
 LORA_RATE = 2e-4
+ONLY_IN: dict[str, tuple[str, ...]] = {  # modes that a setting is for, where it is not for all
+    "row_scales": ("block", "e2e"),
+    "head_rate": ("e2e",),
+    "kl_weight": ("e2e",),
+    "ce_weight": ("e2e",),
+    "teacher": ("e2e",),
+    "cache_dir": ("e2e",),
+    "gradient_checkpointing": ("e2e", "lora"),
+    "lora_rank": ("lora",),
+    "lora_alpha": ("lora",),
+    "lora_dropout": ("lora",),
+    "target_modules": ("lora",),
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,9 @@ class FinetuneConfig:
     warmup_frac: float = option(0.05, "training", "part of the steps over which the rate rises; then it falls as a cosine")
     weight_decay: float = option(0.0, "training", "of AdamW")
     batch_size: int | None = option(None, "training", "sequences a step (default: 16)")
-    micro_batch_size: int = option(1, "training", "sequences at once: as many as memory allows are fastest")
+    micro_batch_size: int = option(
+        1, "training", "sequences at once, a divisor of --batch_size: as many as memory allows are fastest"
+    )
     eval_every: int | None = option(None, "training", "steps between two looks at the held-out text (default: a tenth)")
     patience: int = option(4, "training", "looks without gain after which training stops")
     bf16: bool = option(True, "training", "products in bfloat16 on a GPU; all that learns stays float32")
@@ -108,7 +122,11 @@ class FinetuneConfig:
             check(kind in known, f"train names {kind!r}, must be of {', '.join(known)}")
         check(self.mode != "block" or "head" not in (self.train or ()), "train head goes with mode e2e")
         check(self.mode != "lora" or not self.train, "mode lora trains adapters: leave out train")
-        check(self.mode != "lora" or not self.row_scales, "row_scales goes with modes block and e2e")
+        check(self.train != (), "train names nothing")
+        for name, modes in ONLY_IN.items():
+            default = next(f.default for f in dataclasses.fields(self) if f.name == name)
+            check(self.mode in modes or getattr(self, name) == default, f"{name} goes with mode {' or '.join(modes)}")
+        check(self.cache_dir is None or "://" not in self.cache_dir, f"cache_dir is {self.cache_dir}: a folder here is needed")
         for name in ("nsamples", "num_held_out", "steps", "batch_size", "eval_every"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"{name} is {value}, must be 1 or more")
@@ -157,17 +175,19 @@ class FinetuneConfig:
         """
         nsamples = self.nsamples or SAMPLES[self.mode]
         steps = self.steps or STEPS[self.mode]
+        batch = self.batch_size or BATCH[self.mode]
         by_size = next(rate for size, rate in RATES if num_parameters < size)
         return replace(
             self,
-            train=TRAINED[self.mode] if self.train is None else self.train,
+            train=TRAINED.get(self.mode) if self.train is None else self.train,
             nsamples=nsamples,
             seq_len=self.seq_len or min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN),
             num_held_out=self.num_held_out or max(1, min(nsamples // 8, 32)),
             steps=steps,
             learning_rate=self.learning_rate or (LORA_RATE if self.mode == "lora" else by_size),
-            batch_size=self.batch_size or BATCH[self.mode],
-            eval_every=self.eval_every or max(1, steps // 10),
+            batch_size=batch,
+            micro_batch_size=next(size for size in range(min(self.micro_batch_size, batch), 0, -1) if batch % size == 0),
+            eval_every=min(self.eval_every or max(1, steps // 10), steps),
         )
 
     def to_flat(self) -> dict[str, Any]:

@@ -150,7 +150,6 @@ TORCH_FREE = [
     "checks",
     "config",
     "finetune_config",
-    "finetune_config",
     "geometry",
     "layer_config",
     "bits",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -190,6 +191,33 @@ def test_a_rate_that_diverges_is_told_and_nothing_worse_is_kept(wishes, packed, 
     assert any("diverged" in note for note in notes) and any("left at nought" in note for note in notes)
     own = peft.PeftModel.from_pretrained(load_quantized(packed, dtype=torch.float32), result.folder / "adapter")
     torch.testing.assert_close(logits(own), logits(load_quantized(packed, dtype=torch.float32)))
+
+
+@pytest.mark.parametrize("steps, patience", [(7, 4), (30, 1)])
+def test_a_run_stopped_after_its_training_trains_no_more(steps, patience, wishes):
+    changes = {"steps": steps, "eval_every": 2, "patience": patience, "learning_rate": 0.05}
+    whole = finetune_model(wishes(**changes))
+    stop = Stop("perplexity, after", 1)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_model(wishes(**changes), progress=stop)
+    again = finetune_model(wishes(), resume=stop.folder)
+    assert again.held_out == pytest.approx(whole.held_out)
+    curves = [json.loads((run.folder / "curves.json").read_text())["curves"]["adapters"] for run in (whole, again)]
+    assert curves[0][-1]["step"] == curves[1][-1]["step"] <= steps
+    found = [load_file(run.folder / "adapter" / "adapter_model.safetensors") for run in (whole, again)]
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor)
+
+
+def test_adapters_go_to_the_runs_url(wishes, tmp_path):
+    stop = Stop("perplexity, after", 1)
+    stop.run_folder = lambda folder: setattr(stop, "folder", folder)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_model(wishes(output_dir=f"file://{tmp_path}/remote"), progress=stop)
+    names = {path.name for path in (tmp_path / "remote").rglob("*")}
+    assert {"adapter_model.safetensors", "adapter_config.json", "trainer_state.json"} <= names
+    again = finetune_model(wishes(), resume=stop.folder)
+    assert again.held_out[1] < again.held_out[0]
 
 
 def test_without_peft_it_is_told(wishes, monkeypatch):

@@ -20,7 +20,8 @@ EXAMPLES = """\
   vptq finetune --model_name outputs/demo/.../packed_model                     the demo model, block by block, offline
   vptq finetune --mode block --original ./my-llama --model_name outputs/my-llama/.../packed_model --dataset my_text.txt
   vptq finetune --mode e2e --original ./my-llama --model_name .../packed_model --dataset self --eval
-  accelerate launch --num_processes 4 -m vptq finetune --mode e2e --original ./my-llama --model_name .../packed_model
+  accelerate launch --multi_gpu --num_processes 4 -m vptq finetune --mode e2e --original ./my-llama \\
+      --model_name outputs/my-llama/.../packed_model
   vptq finetune --resume outputs/my-llama/finetune_e2e/2026-01-31-12-00-00"""
 
 
@@ -71,7 +72,7 @@ def _absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
         return str(Path(value).expanduser().absolute()) if is_path else value
 
     found = dict(given)
-    for name in ("model_name", "original", "dataset", "eval_dataset"):
+    for name in ("model_name", "original", "dataset", "eval_dataset", "cache_dir"):
         if given.get(name) is not None:
             found[name] = absolute(given[name])
     return found
@@ -86,7 +87,7 @@ def summary(result: TuneResult) -> str:
             f"{bits.stored_bits_per_weight:.3f} stored in the linears, {bits.file_bits_per_weight:.3f} in the whole file",
         ),
         ("size of all tensors", megabytes(bits)),
-        ("held-out loss", f"{result.held_out[0]:.5g} before, {result.held_out[1]:.5g} after"),
+        (f"held-out {result.loss}", f"{result.held_out[0]:.5g} before, {result.held_out[1]:.5g} after"),
     ]
     for name, found in result.perplexities.items():
         label = name if "/" not in name else Path(name).name

@@ -38,10 +38,9 @@ class BlockMatching:
         num_held_out: int,
         seed: int,
         compute: torch.dtype,
-        relative: bool = True,
     ) -> None:
         self.runner, self.block, self.inputs, self.targets = runner, block, inputs, targets
-        self.batches_a_step, self.seed, self.compute, self.relative = batches_a_step, seed, compute, relative
+        self.batches_a_step, self.seed, self.compute = batches_a_step, seed, compute
         self.num_train = len(targets) - num_held_out
 
     def train(self, step: int) -> float:
@@ -57,8 +56,9 @@ class BlockMatching:
 
     def _over(self, numbers: list[int], use: Callable[[Tensor], None] | None) -> float:
         total = torch.zeros((), device=self.runner.device)
+        sequences = sum(len(self.targets[number]) for number in numbers)
         for number in numbers:
-            loss = self._loss(number) / len(numbers)
+            loss = self._loss(number) * (len(self.targets[number]) / sequences)
             if use:
                 use(loss)
             total += loss.detach()
@@ -70,4 +70,4 @@ class BlockMatching:
         with torch.autocast(device.type, self.compute, enabled=self.compute != torch.float32):
             found = self.runner.forward_block(self.block, hidden, self.inputs.tokens[number]).float()
         errors, sizes = (found - wanted).square().sum(-1), wanted.square().sum(-1)
-        return (errors / sizes.clamp_min(1e-20)).mean() if self.relative else errors.mean() / sizes.mean()
+        return (errors / sizes.clamp_min(1e-20)).mean()

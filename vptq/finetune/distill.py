@@ -28,16 +28,12 @@ def distillation_loss(student: Tensor, teacher: Tensor | None, tokens: Tensor, w
         student, teacher: logits, (sequences, seq_len, vocab_size) float. tokens: (sequences, seq_len) int64.
     """
     vocab = student.shape[-1]
-    rows = student[:, :-1].reshape(-1, vocab)
-    targets = tokens[:, 1:].reshape(-1)
-    given = None if teacher is None else teacher[:, :-1].reshape(-1, vocab)
     step = max(1, CHUNK_LOGITS // vocab)
-    total = rows.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        inputs = (rows[part], None if given is None else given[part], targets[part], weights)
-        total = total + checkpoint(_summed_loss, *inputs, use_reentrant=False)
-    return total / len(rows)
+    rows = student[:, :-1].reshape(-1, vocab).split(step)  # one view's gradient, not one as large as all for every part
+    given = [None] * len(rows) if teacher is None else teacher[:, :-1].reshape(-1, vocab).split(step)
+    targets = tokens[:, 1:].reshape(-1).split(step)
+    parts = [checkpoint(_summed_loss, *part, weights, use_reentrant=False) for part in zip(rows, given, targets, strict=True)]
+    return torch.stack(parts).sum() / tokens[:, 1:].numel()
 
 
 def _summed_loss(student: Tensor, teacher: Tensor | None, targets: Tensor, weights: Weights) -> Tensor:

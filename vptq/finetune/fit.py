@@ -141,7 +141,8 @@ class Fit:
         for item in self.items:
             device = item.parameter.device
             self.best_values[item.name] = tensors[f"best.{item.name}"].to(device)
-            moments = {key: tensors[f"{key}.{item.name}"] for key in ("step", "exp_avg", "exp_avg_sq") if self.step}
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{item.name}" in tensors]  # what had gradients
+            moments = {key: tensors[f"{key}.{item.name}"] for key in keys}
             self.optimizer.state[item.parameter] = {
                 key: value.clone() if key == "step" else value.to(device) for key, value in moments.items()
             }

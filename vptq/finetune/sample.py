@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vptq.errors import is_out_of_memory
+
 AT_ONCE = 256  # sequences, on a GPU
 AT_ONCE_CPU = 16
 
@@ -24,19 +26,36 @@ def sample_text(model: Any, *, count: int, seq_len: int, seed: int, progress: Ca
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(int(model.config.get_text_config().vocab_size), (count, 1), generator=generator)
     step = AT_ONCE if device.type == "cuda" else AT_ONCE_CPU
-    found = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed)
-        for start in first.split(step):
-            written = model.generate(
-                input_ids=start.to(device),
-                attention_mask=torch.ones_like(start, device=device),
-                generation_config=_settings(seq_len - 1),
-            )
-            found.append(written.cpu())
-            if progress:
-                progress(len(start) * (seq_len - 1))
+    own, model.generation_config = model.generation_config, _settings(seq_len - 1)  # else its own fill what is None here
+    found: list[Tensor] = []
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(seed)
+            while (done := sum(map(len, found))) < count:
+                written = _write_on(model, first[done : done + step])
+                if written is None and step == 1:
+                    raise MemoryError("out of memory: not one sequence can be written")
+                if written is None:
+                    step = step // 2
+                    continue
+                found.append(written)
+                if progress:
+                    progress(written.numel())
+    finally:
+        model.generation_config = own
     return torch.cat(found)
+
+
+def _write_on(model: Any, start: Tensor) -> Tensor | None:
+    """Sequences from their first tokens, (n, 1) -> (n, seq_len); None where there is too little memory for so many at once."""
+    try:
+        start = start.to(model.device)
+        written = model.generate(input_ids=start, attention_mask=torch.ones_like(start))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return written.cpu()
 
 
 def _settings(new_tokens: int) -> Any:
@@ -44,6 +63,6 @@ def _settings(new_tokens: int) -> Any:
     from transformers import GenerationConfig  # noqa: PLC0415 (slow import)
 
     return GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-        eos_token_id=None, pad_token_id=0, use_cache=True,
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0,
+        use_cache=True,
     )  # fmt: skip

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vptq.errors import UsageError
 from vptq.nn.vquant_linear import VQuantLinear
 from vptq.recipe import TrainableKind
 
@@ -49,6 +48,32 @@ class Trainable:
         return self.parameter.detach().to(self.stored)
 
 
+def find_trainables(
+    model: nn.Module,
+    kinds: Collection[TrainableKind],
+    *,
+    head: nn.Module | None = None,
+    prefix: str = "",
+    lent: Collection[str] = (),
+) -> Iterator[tuple[str, nn.Module, str, TrainableKind]]:
+    """What there is to learn in `model`, or in a part of it: full name, module, name in the module, kind.
+
+    Args:
+        kinds: of tensors to train. head: the output head; trained only where `kinds` says so.
+        prefix: of the part's names in the whole model. lent: linears whose codebooks are left alone, by full name.
+    """
+    heads, seen = _head_parameters(head), set()
+    for path, module in model.named_modules():
+        owner = ".".join(part for part in (prefix, path) if part)
+        for name, parameter in _own_parameters(module):
+            kind: TrainableKind | None = "head" if id(parameter) in heads else _kind_of(module, name)
+            if kind is None or kind not in kinds or not parameter.is_floating_point() or id(parameter) in seen:
+                continue
+            if not (kind == "codebooks" and owner in lent):
+                seen.add(id(parameter))
+                yield f"{owner}.{name}" if owner else name, module, name, kind
+
+
 def trainables(
     model: nn.Module,
     kinds: Collection[TrainableKind],
@@ -57,42 +82,22 @@ def trainables(
     head: nn.Module | None = None,
     head_rate: float = 1.0,
     prefix: str = "",
-    shared: bool = True,
+    lent: Collection[str] = (),
 ) -> list[Trainable]:
-    """Mark what shall learn in `model`, or in a part of it; all else is left without gradients.
+    """Mark what shall learn in `model`, or in a part of it, and bring it to float32; all else is left without gradients.
 
-    Args:
-        kinds: of tensors to train. stored: float type of the checkpoint.
-        head: the output head; trained only where `kinds` says so. head_rate: its rate, as a part of the others'.
-        prefix: of the part's names in the whole model.
-        shared: whether codebooks that several linears share are trained.
-    Raises:
-        UsageError: nothing of these kinds is there.
+    Args: as for `find_trainables`. stored: float type of the checkpoint. head_rate: the head's rate, as a part of the others'.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    owners = {module._codebook_owner() for module in model.modules() if isinstance(module, VQuantLinear) and module._owner}
-    found: dict[int, Trainable] = {}
-    heads = _head_parameters(head)
-    for path, module in model.named_modules():
-        for name, parameter in _own_parameters(module):
-            kind: TrainableKind | None = "head" if id(parameter) in heads else _kind_of(module, name)
-            if kind is None or kind not in kinds or not parameter.is_floating_point() or id(parameter) in found:
-                continue
-            if kind == "codebooks" and not shared and module in owners:
-                continue
-            full = ".".join(part for part in (prefix, path, name) if part)
-            unit = _unit_of(module, name, parameter) * (head_rate if kind == "head" else 1.0)
-            found[id(parameter)] = Trainable(full, parameter, kind, stored, unit)
-    if not found:
-        raise UsageError(
-            f"nothing of this model is of a kind that is to be trained ({', '.join(sorted(kinds))})",
-            hint="add to --train: codebooks, scales, offsets, norms, head",
-        )
-    for item in found.values():
-        item.parameter.data = item.parameter.data.float()
-        item.parameter.requires_grad_()
-    return list(found.values())
+    found = []
+    for full, module, name, kind in find_trainables(model, kinds, head=head, prefix=prefix, lent=lent):
+        parameter = module.get_parameter(name)
+        unit = _unit_of(module, name, parameter) * (head_rate if kind == "head" else 1.0)
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_()
+        found.append(Trainable(full, parameter, kind, stored, unit))
+    return found
 
 
 def rate_groups(items: list[Trainable], learning_rate: float) -> list[dict[str, Any]]:

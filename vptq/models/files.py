@@ -80,7 +80,7 @@ def writing_to(path: Path) -> Iterator[None]:
         if full:
             raise UsageError(
                 f"the disk is full: `{path}` can't be written",
-                hint="free some space; a run goes on with `vptq quantize --resume RUN_FOLDER`",
+                hint="free some space; a run goes on with --resume RUN_FOLDER",
             ) from error
         if isinstance(error, NotADirectoryError | FileExistsError):
             raise UsageError(

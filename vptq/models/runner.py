@@ -59,7 +59,7 @@ class BlockRunner:
         self.skeleton, self.source, self.device, self.dtype, self.spare = skeleton, source, device, dtype, spare
         self.model = skeleton.model
         self._inputs: dict[tuple[int, int], list[_BlockInputs]] = {}
-        self._returns_tuple = False
+        self._returns_tuple: bool | None = None  # not known before a block has run
         self._load_rest()
 
     def _load_rest(self) -> None:
@@ -180,12 +180,24 @@ class BlockRunner:
         return torch.cat(rows)
 
     def _logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        if self._returns_tuple is None:
+            self._run_one_block(tokens)
+
         def hand_on(block: int, _hidden: Tensor, _inputs: _BlockInputs) -> Any:
             state = hidden.to(self.device)
             return (state,) if self._returns_tuple else state
 
         with self._stubbed(hand_on):
             return self._forward(tokens).logits
+
+    @torch.no_grad()
+    def _run_one_block(self, tokens: Tensor) -> None:
+        """Learn what blocks return, where states come from elsewhere."""
+        first = tokens[:1]
+        (hidden,) = self.embed([first]).batches
+        self.load_block(0)
+        self.forward_block(0, hidden.to(self.device), first)
+        self.unload_block(0)
 
     def _forward(self, tokens: Tensor) -> Any:
         return self.model(input_ids=tokens.to(self.device), use_cache=False)

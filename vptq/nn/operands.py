@@ -56,7 +56,7 @@ class Operands:
         inputs = x
         if self.scale is not None:
             inputs = inputs.float() * self.scale
-        added = None if self.offset is None else x.float() @ self.offset
+        added = None if self.offset is None else (x.float() * self.offset).sum(1)  # no product that autocast would round
         inputs = inputs.to(self.main.dtype)
         if self.perm is not None:
             inputs = inputs.index_select(1, self.perm)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ from vptq.pipeline.tune_text import datasets_of, tuning_tokens
 from vptq.pipeline.tune_whole import Alone, Launched, Team, WholeTuning, is_launched
 
 BEFORE = "before"
+TRAINED = "trained"
+CURVES = {"block": "relative squared error", "e2e": "loss, nats a token", "lora": "loss, nats a token"}
+LOSSES = {"block": "KL of the whole model", "e2e": "loss", "lora": "loss"}
 Weights = Iterator[tuple[str, Tensor]]  # linear name, weight
 
 
@@ -51,13 +54,14 @@ class TuneResult:
 
     Attributes:
         folder: the run folder. bits: of the packed checkpoint.
-        held_out: loss on what was held out, (before, after); in mode block the mean over blocks.
+        held_out: loss on what was held out, (before, after). loss: what that is.
         perplexities: dataset -> "original", "before", "after".
     """
 
     folder: Path
     bits: ModelBits
     held_out: tuple[float, float]
+    loss: str
     perplexities: Mapping[str, Mapping[str, Perplexity]]
     seconds: float
 
@@ -69,8 +73,10 @@ def finetune_model(
     given: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     folder: Path | None = None,
-) -> TuneResult:
+) -> TuneResult | None:
     """Fine-tune a packed checkpoint.
+
+    Of several processes that a launcher has started, the first gives the result.
 
     Args:
         config: the wishes; with `resume` those of the run folder hold instead, but for where `given` says to work.
@@ -80,25 +86,32 @@ def finetune_model(
         UsageError: bad input, before any work. VptqError: a fault in the run, which can be resumed.
     """
     with contextlib.ExitStack() as ending:
-        job = None
-        if resume is not None:
-            job = TuneJob.load(resume)
-            ending.callback(job.unlock)
-            job.check_resume(given or {})
-            free = {name: value for name, value in (given or {}).items() if name in job.free_on_resume}
+        given = given or {}
+        team: Team = Launched(config.device) if is_launched() else Alone()
+        job = None if resume is None else _load(resume, team, ending)
+        if job is not None:
+            job.check_resume(given)
+            free = {name: value for name, value in given.items() if name in job.free_on_resume}
             config = FinetuneConfig.from_flat(job.config.to_flat() | free)
             if job.finished:
-                return _finished(job)
+                return _finished(job) if team.rank == 0 else None
         config.validate()
-        device = resolve_device(config.device)
-        team: Team = Launched(device) if is_launched() else Alone()
-        if isinstance(team, Launched):
-            if config.mode != "e2e":
-                raise UsageError(f"mode {config.mode} works in one process", hint="start it without `accelerate launch`")
-            device = team.device
-        run = _Run(config, job, progress if progress and team.rank == 0 else Silent(), device, team, ending, folder)
+        if team.world > 1 and config.mode != "e2e":
+            raise UsageError(f"mode {config.mode} works in one process", hint="start it without a launcher")
+        device = team.device if isinstance(team, Launched) else resolve_device(config.device)
         with _told_of_memory(config):
-            return run.execute()
+            return _Run(config, job, progress or Silent(), device, team, ending, folder).execute()
+
+
+def _load(resume: str | Path, team: Team, ending: contextlib.ExitStack) -> TuneJob:
+    """The run to go on with. The first process fetches what lies behind a URL."""
+    here = None
+    if team.rank == 0:
+        job = TuneJob.load(resume)
+        ending.callback(job.unlock)
+        here = str(job.folder)
+    here = team.share(here)
+    return job if team.rank == 0 else TuneJob.at(Path(here))
 
 
 class _Run:
@@ -115,12 +128,14 @@ class _Run:
         folder: Path | None,
     ) -> None:
         self.started = time.perf_counter()
-        self.progress, self.device, self.team = progress, device, team
+        self.progress, self.device, self.team = progress if team.rank == 0 else Silent(), device, team
         self.original, self.given = resolve_folder(config.original), resolve_folder(config.model_name)
         pair = Pair.open(self.original, self.given, device, config.bf16, config.trust_remote_code)
         resolve_seq_len(config.seq_len, pair.original.max_seq_len)
         self.config = config.resolved(pair.num_parameters, pair.original.max_seq_len)
         datasets_of(self.config)
+        if self.config.mode != "lora":
+            pair.check_kinds(self.config.mode, self.config.train or ())
         if self.config.mode == "lora":
             check_adapters(self.config, pair)
         self.windows = self._windows(pair)
@@ -128,9 +143,8 @@ class _Run:
         if job is not None and job.fingerprint != " ".join(marks):
             raise UsageError(f"the models are not those that `{job.shown}` was started with", hint="start a new run")
         if job is None:
-            tokens = tuning_tokens(self.config, self.original, device, self._told)
-            self._check_length(tokens)
-            job = self._create(" ".join(marks), tokens, folder)
+            self._check_length()
+            job = self._create(" ".join(marks), folder)
             ending.callback(job.unlock)
         if team.rank == 0:
             job.lock()
@@ -151,19 +165,20 @@ class _Run:
             trust_remote_code=self.config.trust_remote_code,
         )
 
-    def _check_length(self, tokens: Tensor) -> None:
-        held_out = self.config.num_held_out or 0
-        if len(tokens) <= held_out:
+    def _check_length(self) -> None:
+        held_out, nsamples = self.config.num_held_out or 0, self.config.nsamples or 0
+        if nsamples <= held_out:
             raise UsageError(
-                f"{len(tokens)} sequences leave nothing to train on",
+                f"{nsamples} sequences leave nothing to train on",
                 where=[f"{held_out} are held out"],
                 hint="give more text, raise --nsamples, or lower --num_held_out",
             )
 
-    def _create(self, marks: str, tokens: Tensor, folder: Path | None) -> TuneJob:
+    def _create(self, marks: str, folder: Path | None) -> TuneJob:
         """The run folder, with its text; made by the first process."""
         made = None
         if self.team.rank == 0:
+            tokens = tuning_tokens(self.config, self.original, self.device, self._told)
             job = TuneJob.create(self.config, marks, {"tokens": tokens.numel()}, folder)
             job.save_tensors(TEXT, {TEXT: tokens})
             made = str(job.folder)
@@ -171,7 +186,7 @@ class _Run:
 
     # -- the work -------------------------------------------------------------------------------------------------------
 
-    def execute(self) -> TuneResult:
+    def execute(self) -> TuneResult | None:
         self.progress.run_folder(self.job.shown)
         start = self._start()
         pair = Pair.open(self.original, start, self.device, self.config.bf16, self.config.trust_remote_code)
@@ -183,20 +198,30 @@ class _Run:
         measured = self._measure(models)
         if isinstance(tuning, AdapterTuning):
             histories = tuning.run()
-            tuning.save(self.job.folder)
             self._write_model(pair, start, tuning.merged)
             measured["after"] = self._measure_adapters(tuning)
-            return self._conclude(start, measured, histories)
-        changed, histories = tuning.run()
+            return self._conclude(start, measured, histories, tuning.held_out)
         packed = self.job.folder / "packed_model"
-        if self.team.rank == 0:
-            if not is_whole(packed):
-                self.progress.phase("writing packed_model")
-                write_changed(packed, pair.packed_source, _parameters(pair.packed), pair.layers, changed)
-            self._write_model(pair, packed)
-        self.team.wait()
+        histories, held_out = self._train(tuning, pair, packed)
+        if self.team.rank > 0:
+            return None
+        self._write_model(pair, packed)
         measured |= self._measure({"after": packed})
-        return self._conclude(packed, measured, histories)
+        return self._conclude(packed, measured, histories, held_out)
+
+    def _train(
+        self, tuning: BlockTuning | WholeTuning, pair: Pair, packed: Path
+    ) -> tuple[dict[str, list[dict[str, Any]]], tuple[float, float]]:
+        """Train and write the checkpoint, unless a stopped run has; the histories, and the held-out loss before and after."""
+        kept = self.job.load_tensors(TRAINED) if is_whole(packed) else None
+        if kept is not None:
+            return kept[1]["histories"], tuple(kept[1]["held_out"])
+        changed, histories = tuning.run()
+        if self.team.rank == 0:
+            self.job.save_tensors(TRAINED, {}, {"histories": histories, "held_out": tuning.held_out})
+            self.progress.phase("writing packed_model")
+            write_changed(packed, pair.packed_source, _parameters(pair.packed), pair.layers, changed)
+        return histories, tuning.held_out
 
     def _tuning(self, pair: Pair) -> BlockTuning | WholeTuning | AdapterTuning:
         if self.config.mode == "block":
@@ -276,26 +301,28 @@ class _Run:
         return found
 
     def _conclude(
-        self, packed: Path, measured: Mapping[str, Mapping[str, Perplexity]], histories: Mapping[str, Any]
+        self,
+        packed: Path,
+        measured: Mapping[str, Mapping[str, Perplexity]],
+        histories: Mapping[str, Any],
+        held_out: tuple[float, float],
     ) -> TuneResult:
         perplexities = {name: {which: of[name] for which, of in measured.items()} for name in self.windows}
         bits = checkpoint_bits(packed)
-        held_out = _held_out(histories)
-        if self.team.rank == 0:
-            label = "relative squared error" if self.config.mode == "block" else "loss, nats a token"
-            if not save_curves(self.job.folder, histories, label):
-                self._note("no picture of the curves: pip install matplotlib")
-            figures = {name: {which: p.to_dict() for which, p in of.items()} for name, of in perplexities.items()}
-            results: dict[str, Any] = {f"ctx_{self.config.seq_len}": figures} if figures else {}
-            results["held_out_loss"] = {"before": held_out[0], "after": held_out[1]}
-            results["tokens"] = self.tokens.numel()
-            results["bits"] = {k: v for k, v in bits.to_dict().items() if k.endswith("per_weight")}
-            save_json(self.job.folder / "ppl_results.json", results)
-            self.job.save(finished=True)
-            self.job.drop_work()
+        if not save_curves(self.job.folder, histories, CURVES[self.config.mode]):
+            self._note("no picture of the curves: pip install matplotlib")
+        figures = {name: {which: p.to_dict() for which, p in of.items()} for name, of in perplexities.items()}
+        results: dict[str, Any] = {f"ctx_{self.config.seq_len}": figures} if figures else {}
+        loss = LOSSES[self.config.mode]
+        results["held_out"] = {"loss": loss, "before": held_out[0], "after": held_out[1]}
+        results["tokens"] = self.tokens.numel()
+        results["bits"] = {k: v for k, v in bits.to_dict().items() if k.endswith("per_weight")}
+        save_json(self.job.folder / "ppl_results.json", results)
+        self.job.save(finished=True)
+        self.job.drop_work()
         self.progress.finish()
         seconds = time.perf_counter() - self.started
-        return TuneResult(self.job.folder, bits, held_out, perplexities, seconds)
+        return TuneResult(self.job.folder, bits, held_out, loss, perplexities, seconds)
 
     def _told(self, phase: str, units: float) -> None:
         self.progress.phase(phase)
@@ -328,21 +355,15 @@ def _dequantized(source: FolderSource, layers: Mapping[str, LayerConfig], dtype:
             yield name, dequantize_packed(tensors, layer, dtype).cpu()
 
 
-def _held_out(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> tuple[float, float]:
-    """Mean over what was trained of the held-out loss, before and after."""
-    looks = [[entry["held_out"] for entry in history if entry.get("held_out") is not None] for history in histories.values()]
-    return sum(own[0] for own in looks) / len(looks), sum(min(own) for own in looks) / len(looks)
-
-
 def _finished(job: TuneJob) -> TuneResult:
     """What a finished run found, read back from its folder."""
     stored = job.perplexities()
     context: dict[str, Any] = next((values for key, values in stored.items() if key.startswith("ctx_")), {})
     perplexities = {name: {which: Perplexity.from_dict(p) for which, p in of.items()} for name, of in context.items()}
-    held_out = stored["held_out_loss"]["before"], stored["held_out_loss"]["after"]
+    held_out = stored["held_out"]["before"], stored["held_out"]["after"]
     packed = job.folder / "packed_model"
     bits = checkpoint_bits(packed if packed.exists() else resolve_folder(job.config.model_name))
-    return TuneResult(job.folder, bits, held_out, perplexities, 0.0)
+    return TuneResult(job.folder, bits, held_out, stored["held_out"]["loss"], perplexities, 0.0)
 
 
 @contextlib.contextmanager
@@ -354,9 +375,11 @@ def _told_of_memory(config: FinetuneConfig) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         ways = [f"--micro_batch_size (now {config.micro_batch_size})"] if config.micro_batch_size > 1 else []
-        ways += ["--seq_len"]
         if config.mode == "e2e" and config.teacher == "live":
-            ways.append("or take --teacher cached")
+            ways.append("--teacher cached")
         if config.mode != "block" and not config.gradient_checkpointing:
-            ways.append("or take --gradient_checkpointing True")
-        raise RunError("memory ran out", where=[str(error).split("\n")[0][:200]], hint=f"lower {', '.join(ways)}") from error
+            ways.append("--gradient_checkpointing True")
+        ways.append("a smaller --seq_len in a new run")
+        raise RunError(
+            "memory ran out", where=[str(error).split("\n")[0][:200]], hint=f"to use less: {', '.join(ways)}"
+        ) from error

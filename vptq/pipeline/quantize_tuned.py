@@ -39,7 +39,7 @@ def quantize_and_tune(
         model_name=str(result.folder / "packed_model"),
         original=settings.model_name,
         dataset=None if calibration.dataset is None else (calibration.dataset,),
-        nsamples=max(calibration.nsamples, 2) if settings.finetune == "block" else None,
+        nsamples=max(calibration.nsamples, 2),  # as many as there were before, so there are enough
         seq_len=job.facts["seq_len"],
         seed=calibration.seed,
         eval=settings.eval,

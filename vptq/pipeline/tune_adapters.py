@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vptq.checkpoint.reader import load_quantized
@@ -18,12 +20,14 @@ from vptq.evaluation.perplexity import Perplexity, whole_perplexity
 from vptq.finetune.fit import DIVERGED
 from vptq.finetune.peft_bridge import packed_linears
 from vptq.finetune_config import FinetuneConfig
+from vptq.models.remote import publish_folder
 from vptq.nn.vquant_linear import cache_weights
 from vptq.pipeline.tune_blocks import Told
 from vptq.pipeline.tune_job import TuneJob
 from vptq.pipeline.tune_models import Pair
 
 ADAPTER = "adapter"
+CONFIG = "adapter_config.json"  # a folder that has it is whole
 BACKWARD = 3.0  # times a forward pass, that included
 
 
@@ -33,6 +37,11 @@ def check_adapters(config: FinetuneConfig, pair: Pair) -> None:
         import peft  # noqa: F401, PLC0415 (an extra)
     except ImportError as error:
         raise UsageError("mode lora needs the package `peft`", hint="pip install 'vptq[lora]'") from error
+    if pair.device.type == "cuda" and (pair.device.index or 0) > 0:
+        raise UsageError(
+            f"mode lora works on the first GPU that it sees, not on {pair.device}",
+            hint=f"CUDA_VISIBLE_DEVICES={pair.device.index} vptq finetune ...",
+        )
     ends = {name for name, layer in pair.layers.items() if layer.weight_of or not name.startswith(pair.packed.blocks_name)}
     known = sorted({name.rpartition(".")[2] for name in pair.layers.keys() - ends})
     missing = [
@@ -55,6 +64,7 @@ class AdapterTuning:
     ) -> None:
         self.pair, self.config, self.tokens, self.job, self.told, self.note = pair, config, tokens, job, told, note
         self.stopped = ""
+        self.held_out = (math.nan, math.nan)  # the loss, before and after
         self.model: Any = None
 
     def units(self) -> float:
@@ -69,29 +79,50 @@ class AdapterTuning:
 
     def run(self) -> dict[str, list[dict[str, Any]]]:
         """Train, leave the best adapters in `model`; the history."""
+        folder = self.job.folder / ADAPTER
+        kept = self.job.load_tensors(ADAPTER) if (folder / CONFIG).exists() else None
+        if kept is not None:  # trained before the run was stopped
+            self.model = self._with_adapters(folder)
+            self.held_out = tuple(kept[1]["held_out"])
+            return kept[1]["histories"]
+        histories = {"adapters": self._train()}
+        self.model.save_pretrained(folder)
+        publish_folder(folder, last=CONFIG)
+        self.job.save_tensors(ADAPTER, {}, {"histories": histories, "held_out": self.held_out})
+        return histories
+
+    def _train(self) -> list[dict[str, Any]]:
         trainer = self._trainer()
         trainer.evaluate()
         first = trainer.state.log_history[-1]["eval_loss"]
         last = _last_checkpoint(Path(trainer.args.output_dir))
-        trainer.train(resume_from_checkpoint=last)
+        ended = None if last is None else _ended(last, self.config.steps or 1)
+        if ended is None:
+            trainer.train(resume_from_checkpoint=last)
+            log = trainer.state.log_history
+        else:  # stopped between its last step and its end: one more step would be one too many
+            log = ended["log_history"]
+            self._load_adapters(Path(ended["best_model_checkpoint"] or last or ""))
         self.model.eval()
-        history = [{"step": 0, "held_out": first}, *_history(trainer.state.log_history)]
+        history = [{"step": 0, "held_out": first}, *_history(log)]
         best = min(entry["held_out"] for entry in history if "held_out" in entry)
+        self.held_out = first, best
         self.note(f"held-out loss {first:.4f} -> {best:.4f}" + (f"; stopped: {self.stopped}" if self.stopped else ""))
         if best >= first:
             self._forget_all()
             self.note("warning: adapters only made it worse, and are left at nought. Lower --learning_rate, or give more text")
-        return {"adapters": history}
+        return history
+
+    def _load_adapters(self, folder: Path) -> None:
+        from peft import set_peft_model_state_dict  # noqa: PLC0415 (an extra)
+
+        set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"))
 
     @torch.no_grad()
     def _forget_all(self) -> None:
         for name, parameter in self.model.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
-
-    def save(self, folder: Path) -> None:
-        """The adapters as peft keeps them, in a folder."""
-        self.model.save_pretrained(folder / ADAPTER)
 
     def perplexity(self, windows: Tensor, dataset: str, progress: Callable[[], None]) -> Perplexity:
         """Of the model with its adapters, on windows (num_windows, seq_len) int64."""
@@ -130,8 +161,9 @@ class AdapterTuning:
             trainer.remove_callback(callback)
         return trainer
 
-    def _with_adapters(self) -> Any:
-        from peft import LoraConfig, TaskType, get_peft_model  # noqa: PLC0415 (an extra)
+    def _with_adapters(self, saved: Path | None = None) -> Any:
+        """The packed model with new adapters, or with those of a folder."""
+        from peft import LoraConfig, PeftModel, TaskType, get_peft_model  # noqa: PLC0415 (an extra)
 
         config = self.config
         dtype = torch.float32 if self.pair.device.type == "cpu" else None
@@ -152,7 +184,7 @@ class AdapterTuning:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, of what peft calls
-            return get_peft_model(model, settings)
+            return get_peft_model(model, settings) if saved is None else PeftModel.from_pretrained(model, str(saved)).eval()
 
     def _arguments(self) -> Any:
         from transformers import TrainingArguments  # noqa: PLC0415 (slow import)
@@ -187,6 +219,7 @@ class AdapterTuning:
                 gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
                 remove_unused_columns=False,
                 dataloader_pin_memory=False,
+                restore_callback_states_from_checkpoint=True,  # how long there has been no gain
                 report_to=[],
                 disable_tqdm=True,
             )
@@ -203,6 +236,10 @@ class AdapterTuning:
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_others: Any) -> None:
                 tuning.told("training", tuning._step_units())
+
+            def on_save(self, args: Any, state: Any, control: Any, **_others: Any) -> None:
+                tuning.job.check_lock()
+                publish_folder(Path(args.output_dir) / f"checkpoint-{state.global_step}", last="trainer_state.json")
 
             def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
                 logs: Mapping[str, float] = others["logs"]
@@ -236,6 +273,12 @@ def _last_checkpoint(folder: Path) -> str | None:
     from transformers.trainer_utils import get_last_checkpoint  # noqa: PLC0415 (slow import)
 
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def _ended(checkpoint: str, steps: int) -> dict[str, Any] | None:
+    """The Trainer's state of a checkpoint that was the last; None for one to go on from."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    return state if state["global_step"] >= steps else None
 
 
 def _history(log: list[dict[str, float]]) -> list[dict[str, float]]:

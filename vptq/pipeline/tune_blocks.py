@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,7 @@ class BlockTuning:
         self.batches = [*train.split(size), *rest.split(size)]
         self.num_held_out = len(rest.split(size))
         self.schedule = schedule_of(config)
+        self.held_out = (math.nan, math.nan)  # KL of the whole model, before and after
 
     def units(self) -> float:
         """What `told` is told in all."""
@@ -64,7 +66,8 @@ class BlockTuning:
             theirs.unload_block(block)
             values, history = self._block(block, ours, found, wanted.batches)
             changed |= values
-            histories[str(block)] = history
+            if history:
+                histories[str(block)] = history
         theirs.unload()
         ours.unload()
         return self._checked(changed), histories
@@ -74,6 +77,7 @@ class BlockTuning:
         rest = torch.cat(self.batches[len(self.batches) - self.num_held_out :])
         values, found = best_part(self.pair, changed, rest, lambda: self.told("the model as a whole", self._check_units()))
         part = min(found, key=lambda key: found[key])
+        self.held_out = found[0.0], found[part]
         self.note(f"KL from the original on the held-out text: {found[0.0]:.4f} before, {found[part]:.4f} after")
         if part < 1:
             less = "half of what was learned is kept" if part else "all is left as it was; --mode e2e may gain what this can't"
@@ -91,7 +95,9 @@ class BlockTuning:
         items = self._items(block, module)
         name = f"block-{block:05d}"
         kept = self.job.load_tensors(name)
-        if kept is None:
+        if not items:  # what is left of a block may be of other kinds
+            values, history = {}, []
+        elif kept is None:
             fit = self._fit(block, runner, inputs, targets, items)
             values, history = fit.best_values, fit.history
             self.job.save_tensors(name, values, history)
@@ -105,9 +111,8 @@ class BlockTuning:
 
     def _items(self, block: int, module: nn.Module) -> list[Trainable]:
         assert self.config.train is not None
-        return trainables(
-            module, self.config.train, self.pair.packed.dtype, prefix=self.pair.packed.block_name(block), shared=False
-        )
+        name = self.pair.packed.block_name(block)
+        return trainables(module, self.config.train, self.pair.packed.dtype, prefix=name, lent=self.pair.lent)
 
     def _fit(self, block: int, runner: BlockRunner, inputs: HiddenStates, targets: list[Tensor], items: list[Trainable]) -> Fit:
         batch = self.config.batch_size or 1

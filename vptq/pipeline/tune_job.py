@@ -9,7 +9,6 @@ curves.json, curves.png        losses
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,9 @@ class TuneJob(RunFolder):
 
     command = "finetune"
     config_class = FinetuneConfig
-    free_on_resume = frozenset({"output_dir", "device", "trust_remote_code", "micro_batch_size", "gradient_checkpointing"})
+    free_on_resume = frozenset(
+        {"output_dir", "device", "trust_remote_code", "micro_batch_size", "gradient_checkpointing", "teacher", "cache_dir"}
+    )
 
     @classmethod
     def create(cls, config: FinetuneConfig, fingerprint: str, facts: dict[str, Any], folder: Path | None = None) -> TuneJob:
@@ -68,8 +69,3 @@ class TuneJob(RunFolder):
     def drop_work(self) -> None:
         """Free the disk of what the result holds as well."""
         remove(self.work)
-
-
-def plain_numbers(history: list[dict[str, float]]) -> list[dict[str, float | None]]:
-    """A history as JSON takes it: None where there is no number."""
-    return [{key: value if math.isfinite(value) else None for key, value in entry.items()} for entry in history]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from vptq.checkpoint.reader import is_packed, load_quantized, open_packed, refuse_packed
 from vptq.errors import UsageError
+from vptq.finetune.trainable import find_trainables
 from vptq.layer_config import LayerConfig
 from vptq.models.architecture import Skeleton, check_weights, load_skeleton
 from vptq.models.device import forced_dtype
@@ -18,6 +20,7 @@ from vptq.models.stream import FolderSource, load_module
 from vptq.nn.vquant_linear import VQuantLinear
 from vptq.pipeline.compare import check_alike
 from vptq.pipeline.fold import find_fold, open_folder
+from vptq.recipe import FinetuneMode, TrainableKind
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Pair:
                 where=[f"{len(second.blocks)} blocks of {second.hidden_size}, {len(first.blocks)} of {first.hidden_size}"],
                 hint="--original must be the model that was quantized",
             )
-        compute = torch.bfloat16 if device.type == "cuda" and bf16 else torch.float32
+        short = device.type == "cuda" and bf16 and torch.cuda.is_bf16_supported()
+        compute = torch.bfloat16 if short else torch.float32
         dtype = forced_dtype(device) or first.dtype
         return cls(first, second, source, layers, device, dtype, compute, trust_remote_code)
 
@@ -65,6 +69,25 @@ class Pair:
     def num_parameters(self) -> int:
         """Of the original."""
         return sum(parameter.numel() for parameter in self.original.model.parameters())
+
+    @property
+    def lent(self) -> set[str]:
+        """Linears whose codebooks others use too."""
+        return {name for layer in self.layers.values() for name in (layer.codebook_of, layer.weight_of) if name}
+
+    def check_kinds(self, mode: FinetuneMode, kinds: Collection[TrainableKind]) -> None:
+        """Raise UsageError where nothing of these kinds is there for a mode to train."""
+        head = self.packed.model.get_output_embeddings() if mode == "e2e" else None
+        parts = [(self.packed.model, "")] if mode == "e2e" else [
+            (block, self.packed.block_name(number)) for number, block in enumerate(self.packed.blocks)
+        ]  # fmt: skip
+        lent = self.lent if mode == "block" else ()
+        if not any(True for part, prefix in parts for _ in find_trainables(part, kinds, head=head, prefix=prefix, lent=lent)):
+            shared = "; codebooks that linears share learn with --mode e2e" if mode == "block" and "codebooks" in kinds else ""
+            raise UsageError(
+                f"nothing of this model is of a kind that is to be trained: {', '.join(sorted(kinds)) or 'none is named'}",
+                hint=f"--train codebooks scales offsets norms head{shared}",
+            )
 
     def original_runner(self, like_packed: bool = False) -> BlockRunner:
         """The original, block by block. like_packed: with its hidden states rotated where the packed one's are."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +17,15 @@ from vptq.finetune.distill import Distillation, Weights
 from vptq.finetune.fit import Fit
 from vptq.finetune.trainable import trainables
 from vptq.finetune_config import FinetuneConfig
-from vptq.pipeline.states import KeptTeacher
+from vptq.models.device import resolve_device
+from vptq.models.remote import mirror_of
+from vptq.pipeline.states import KeptTeacher, states_folder
 from vptq.pipeline.tune_blocks import Told, schedule_of
 from vptq.pipeline.tune_job import TuneJob
 from vptq.pipeline.tune_models import Pair
 
 STATE = "fit"
+LONGEST_WAIT = datetime.timedelta(days=7)  # while the first process measures, or computes what all need
 BACKWARD = 3.0  # times a forward pass, that included; once more with gradient checkpointing
 
 
@@ -55,10 +60,11 @@ class Alone:
 class Launched:
     """Processes that `accelerate launch` has started."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: str | None) -> None:
         from accelerate import PartialState  # noqa: PLC0415 (slow import)
 
-        self.state = PartialState(cpu=device.type == "cpu")
+        on_cpu = resolve_device(device).type == "cpu"
+        self.state = PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
         self.rank, self.world, self.device = self.state.process_index, self.state.num_processes, self.state.device
 
     def add_up(self, tensor: Tensor) -> None:
@@ -100,6 +106,7 @@ class WholeTuning:
         self.pair, self.config, self.tokens, self.job = pair, config, tokens, job
         self.told, self.note, self.team = told, note, team
         self.schedule = schedule_of(config)
+        self.held_out = (math.nan, math.nan)  # the loss, before and after
 
     def units(self) -> float:
         """What `told` is told in all: tokens that went forward through a block."""
@@ -126,13 +133,20 @@ class WholeTuning:
         self.told("training", 0)
         student = self._student()
         assert self.config.train is not None
-        items = trainables(student, self.config.train, self.pair.packed.dtype, head=student.get_output_embeddings())
+        items = trainables(
+            student,
+            self.config.train,
+            self.pair.packed.dtype,
+            head=student.get_output_embeddings(),
+            head_rate=self.config.head_rate,
+        )
         fit = self._fit(student, items, teacher)
         kept = self.job.load_tensors(STATE)
         if kept is not None:
             fit.load_state(*kept)
             self.told("training", fit.step * self._step_units())
         fit.run(self._after_step)
+        self.held_out = fit.first, fit.best
         self._tell_end(fit)
         return {name: tensor.cpu() for name, tensor in fit.best_values.items()}, {"whole model": fit.history}
 
@@ -157,7 +171,8 @@ class WholeTuning:
 
     def _after_step(self, fit: Fit) -> None:
         self.told("training", self._step_units())
-        if self.team.rank == 0 and fit.step % self.schedule.eval_every == 0:
+        last = bool(fit.stopped) or fit.step == self.schedule.steps
+        if self.team.rank == 0 and (last or fit.step % self.schedule.eval_every == 0):
             self.job.check_lock()
             self.job.save_tensors(STATE, *fit.state())
 
@@ -187,7 +202,6 @@ class WholeTuning:
                 return model(input_ids=self.tokens[numbers].to(self.pair.device), use_cache=False).logits
 
             return live
-        folder = Path(self.config.cache_dir).expanduser() if self.config.cache_dir else self.job.work / "states"
         left = self._teacher_units()
 
         def heard(tokens: int) -> None:
@@ -197,11 +211,17 @@ class WholeTuning:
 
         if self.team.rank > 0:
             self.team.wait()  # the first process makes them
-        teacher = KeptTeacher.make(self.pair.original_runner(), self.tokens, folder, heard)
+        teacher = KeptTeacher.make(self.pair.original_runner(), self.tokens, self._states_folder(), heard)
         if self.team.rank == 0:
             self.team.wait()
         self.told("the original's predictions", left)
         return teacher
+
+    def _states_folder(self) -> Path:
+        """Where what the original computes is kept: in the run folder, unless that would be copied to its URL."""
+        if self.config.cache_dir or mirror_of(self.job.folder) is not None:
+            return states_folder(self.config.cache_dir)
+        return self.job.work / "states"
 
 
 def _compute_blocks_twice(model: Any) -> None:
