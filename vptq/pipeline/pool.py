@@ -218,10 +218,11 @@ def answer_of(make: Callable[[], Any]) -> tuple[int, Any]:
     except VptqError as error:
         return FAILED, error
     except Exception as error:
+        is_plain = isinstance(error, (MemoryError, torch.OutOfMemoryError))  # the text says it all
+        text = str(error) if is_plain else f"{type(error).__name__}: {error}"
         if not is_out_of_memory(error):
-            what = f"a worker failed: {type(error).__name__}: {error}"
-            return FAILED, RunError(what, where=traceback.format_exc().splitlines())
-        text = (str(error).splitlines() or [""])[0][:200]
+            return FAILED, RunError(f"a worker failed: {text}", where=traceback.format_exc().splitlines())
+        text = (text.splitlines() or [""])[0][:200]
     if torch.cuda.is_initialized():  # here the traceback is gone, and with it what it held
         torch.cuda.empty_cache()
     return NO_MEMORY, f"ran out of memory: {text}"
