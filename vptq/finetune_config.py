@@ -29,6 +29,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {  # modes that a setting is for, where it
     "teacher": ("e2e",),
     "cache_dir": ("e2e",),
     "gradient_checkpointing": ("e2e", "lora"),
+    "unpack": ("block", "e2e"),
     "lora_rank": ("lora",),
     "lora_alpha": ("lora",),
     "lora_dropout": ("lora",),
@@ -84,6 +85,11 @@ class FinetuneConfig:
     )
     eval_every: int | None = option(None, "training", "steps between two looks at the held-out text (default: a tenth)")
     patience: int = option(4, "training", "looks without gain after which training stops")
+    unpack: bool | None = option(
+        None,
+        "training",
+        "unpack weights once a step, not for every batch: faster, for 6 bytes a weight (default: where there is room)",
+    )
     bf16: bool = option(True, "training", "products in bfloat16 on a GPU; all that learns stays float32")
     kl_weight: float = option(1.0, "distillation", "weight of KL(original, packed) in the loss")
     ce_weight: float = option(0.0, "distillation", "weight of the text's own cross-entropy in the loss")

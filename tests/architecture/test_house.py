@@ -94,7 +94,7 @@ INSIDE = {  # order of files within a room, from the street up
         "replace",
     ],
     "checkpoint": ["on_import", "names", "writer", "reader", "transformers_bridge"],
-    "finetune": ["trainable", "fit", "distill", "blockwise", "row_scales", "sample", "curves", "peft_bridge"],
+    "finetune": ["trainable", "unpacked", "fit", "distill", "blockwise", "row_scales", "sample", "curves", "peft_bridge"],
     "pipeline": [
         "progress",
         "codebooks",

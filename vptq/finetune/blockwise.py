@@ -6,11 +6,13 @@ block makes of the original's inputs: so it also makes up for what went wrong be
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from vptq.finetune.unpacked import Unpacked
 from vptq.models.runner import BlockRunner, HiddenStates
 
 
@@ -24,7 +26,7 @@ class BlockMatching:
         runner: has the packed block loaded. inputs: what goes in, one batch a step's share. targets: (sequences, seq_len,
             hidden_size) for each batch of inputs.
         batches_a_step: batches that make one step. num_held_out: of the batches, the last.
-        compute: float type of the products.
+        compute: float type of the products. unpacked: the block's packed linears, where they are to stand unpacked in memory.
     """
 
     def __init__(
@@ -38,21 +40,24 @@ class BlockMatching:
         num_held_out: int,
         seed: int,
         compute: torch.dtype,
+        unpacked: Unpacked | None = None,
     ) -> None:
         self.runner, self.block, self.inputs, self.targets = runner, block, inputs, targets
-        self.batches_a_step, self.seed, self.compute = batches_a_step, seed, compute
+        self.batches_a_step, self.seed, self.compute, self.unpacked = batches_a_step, seed, compute, unpacked
         self.num_train = len(targets) - num_held_out
 
     def train(self, step: int) -> float:
         """Gradients of a step; the loss."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         chosen = torch.randperm(self.num_train, generator=generator)[: self.batches_a_step].tolist()
-        return self._over(chosen, lambda loss: loss.backward())
+        with self.unpacked.learning() if self.unpacked else contextlib.nullcontext():
+            return self._over(chosen, lambda loss: loss.backward())
 
     @torch.no_grad()
     def held_out(self) -> float:
         """The loss on the batches that are not trained on."""
-        return self._over(list(range(self.num_train, len(self.targets))), None)
+        with self.unpacked.looking() if self.unpacked else contextlib.nullcontext():
+            return self._over(list(range(self.num_train, len(self.targets))), None)
 
     def _over(self, numbers: list[int], use: Callable[[Tensor], None] | None) -> float:
         total = torch.zeros((), device=self.runner.device)

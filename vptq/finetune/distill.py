@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from vptq.finetune.unpacked import Unpacked
 
 CHUNK_LOGITS = 1 << 25  # taken at once, so that a few copies of them in float32 fit beside the rest
 
@@ -55,7 +58,8 @@ class Distillation:
         teacher: the original's logits of some of these sequences, by their numbers; None where cross-entropy alone counts.
         batch, micro_batch: sequences a step, and at once. num_held_out: of the sequences, the last.
         compute: float type of the products. rank, world: this process among those that share the work.
-        reduce: adds a tensor up over these processes, in place.
+        reduce: adds a tensor up over these processes, in place. unpacked: the model's packed linears, where they are to stand
+            unpacked in memory.
     """
 
     def __init__(
@@ -74,10 +78,11 @@ class Distillation:
         rank: int = 0,
         world: int = 1,
         reduce: Callable[[Tensor], None] | None = None,
+        unpacked: Unpacked | None = None,
     ) -> None:
         self.model, self.tokens, self.teacher, self.weights = model, tokens, teacher, weights
         self.batch, self.micro_batch, self.seed, self.device, self.compute = batch, micro_batch, seed, device, compute
-        self.rank, self.world, self.reduce = rank, world, reduce
+        self.rank, self.world, self.reduce, self.unpacked = rank, world, reduce, unpacked
         self.num_train = len(tokens) - num_held_out
 
     def order(self, epoch: int) -> Tensor:
@@ -94,7 +99,8 @@ class Distillation:
     def train(self, step: int) -> float:
         """Gradients of a step, summed over processes; the loss."""
         numbers = self.sequences_of(step)
-        loss = self._over(numbers, lambda part: part.backward())
+        with self.unpacked.learning() if self.unpacked else contextlib.nullcontext():
+            loss = self._over(numbers, lambda part: part.backward())
         if self.reduce is not None:
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
@@ -106,7 +112,8 @@ class Distillation:
     @torch.no_grad()
     def held_out(self) -> float:
         """The loss on the sequences that are not trained on."""
-        return self._over(list(range(self.num_train, len(self.tokens))), None)
+        with self.unpacked.looking() if self.unpacked else contextlib.nullcontext():
+            return self._over(list(range(self.num_train, len(self.tokens))), None)
 
     def _over(self, numbers: list[int], use: Callable[[Tensor], None] | None) -> float:
         """Mean loss over some sequences; this process does its share of them."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 
 from vptq.errors import UsageError
@@ -31,3 +34,15 @@ def resolve_device(name: str | None) -> torch.device:
 def forced_dtype(device: torch.device) -> torch.dtype | None:
     """Float type that blocks run in: float32 on a CPU; on a GPU the model's own (None)."""
     return None if device.type == "cuda" else torch.float32
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had: of a GPU, or of the machine (all there are, where the system tells no more)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    told = Path("/proc/meminfo")
+    if told.exists():
+        found = dict(line.split(":", 1) for line in told.read_text(encoding="ascii").splitlines() if ":" in line)
+        if "MemAvailable" in found:
+            return int(found["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

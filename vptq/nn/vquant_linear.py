@@ -46,6 +46,9 @@ class VQuantLinear(nn.Module):
     (as large as the original; faster for many rows and on a CPU). What is kept between calls is made anew when a tensor is
     replaced or written to, but for writes through `.data`, which torch does not count: call `set_cache` after those.
 
+    Attributes:
+        stand_in: (out_features, in_features) float, or None; multiplied with in place of the packed weight, while it trains.
+
     Attributes (tensor data, named, shaped and typed as in the file, see `LayerConfig.tensor_shapes`):
         centroids, res_centroids, outlier_centroids: `StoredCodebook`.
         indices: (group_num, rows, words) int32. outlier_indices, perm: int16 with the bits of a uint16.
@@ -53,6 +56,7 @@ class VQuantLinear(nn.Module):
     """
 
     bias: Tensor | None
+    stand_in: Tensor | None = None
     unpacks_whole = True  # for products of many rows; what never does has no use for a cache
 
     def __init__(
@@ -156,11 +160,23 @@ class VQuantLinear(nn.Module):
         weight = dequantize_packed(stored, self.layer_config, _float_type(stored))
         return weight if dtype is None else weight.to(dtype)
 
+    def unpacked_weight(self) -> Tensor:
+        """The weight, (out_features, in_features) float32, not rounded; gradients reach packed tensors that ask for them."""
+        rotation = rotation_of(self.layer_config)
+        weight = rotate(dequantize_rotated(self._tensors(), self.layer_config), rotation.across, back=True)
+        return weight if rotation.down is None else rotate(weight.T.contiguous(), rotation.down, back=True).T.contiguous()
+
+    def learns(self) -> bool:
+        """Whether gradients are asked for of any of its packed tensors, a codebook that another linear stores among them."""
+        return _learns(self._tensors())
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in x's type. A rotated weight stays rotated: inputs and outputs turn."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.stand_in is not None:
+            return nn.functional.linear(x, self.stand_in.to(x.dtype), bias)
         tensors = self._tensors()
         self._check_present(tensors, x)
         found = self._fused_product(tensors, x, bias)

@@ -379,6 +379,8 @@ def _told_of_memory(config: FinetuneConfig) -> Iterator[None]:
             ways.append("--teacher cached")
         if config.mode != "block" and not config.gradient_checkpointing:
             ways.append("--gradient_checkpointing True")
+        if config.mode != "lora" and config.unpack is not False:
+            ways.append("--unpack False")
         ways.append("a smaller --seq_len in a new run")
         raise RunError(
             "memory ran out", where=[str(error).split("\n")[0][:200]], hint=f"to use less: {', '.join(ways)}"

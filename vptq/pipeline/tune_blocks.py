@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from vptq.errors import UsageError
 from vptq.finetune.blockwise import BlockMatching
 from vptq.finetune.fit import Fit, Schedule
 from vptq.finetune.trainable import Trainable, load_values, trainables
+from vptq.finetune.unpacked import Unpacked, fits
 from vptq.finetune_config import FinetuneConfig
 from vptq.models.runner import BlockRunner, HiddenStates
 from vptq.pipeline.tune_check import PARTS, best_part
@@ -93,19 +95,21 @@ class BlockTuning:
         """Train one block, or take it as it was trained before, and carry the inputs past it, in place."""
         module = self.pair.load_packed_block(block)
         items = self._items(block, module)
+        unpacked = unpacked_in(module, self.pair, self.config)
         name = f"block-{block:05d}"
         kept = self.job.load_tensors(name)
         if not items:  # what is left of a block may be of other kinds
             values, history = {}, []
         elif kept is None:
-            fit = self._fit(block, runner, inputs, targets, items)
+            fit = self._fit(block, runner, inputs, targets, items, unpacked)
             values, history = fit.best_values, fit.history
             self.job.save_tensors(name, values, history)
         else:
             values, history = kept
             load_values(items, values)
             self.told(f"block {block}", self._training_units())
-        self._carry(block, runner, inputs)
+        with unpacked.looking() if unpacked else contextlib.nullcontext():
+            self._carry(block, runner, inputs)
         runner.unload_block(block)
         return {key: tensor.cpu() for key, tensor in values.items()}, history
 
@@ -114,7 +118,15 @@ class BlockTuning:
         name = self.pair.packed.block_name(block)
         return trainables(module, self.config.train, self.pair.packed.dtype, prefix=name, lent=self.pair.lent)
 
-    def _fit(self, block: int, runner: BlockRunner, inputs: HiddenStates, targets: list[Tensor], items: list[Trainable]) -> Fit:
+    def _fit(
+        self,
+        block: int,
+        runner: BlockRunner,
+        inputs: HiddenStates,
+        targets: list[Tensor],
+        items: list[Trainable],
+        unpacked: Unpacked | None,
+    ) -> Fit:
         batch = self.config.batch_size or 1
         matching = BlockMatching(
             runner,
@@ -125,6 +137,7 @@ class BlockTuning:
             num_held_out=self.num_held_out,
             seed=self.config.seed,
             compute=self.pair.compute,
+            unpacked=unpacked,
         )
         fit = Fit(items, self.schedule, matching.train, matching.held_out)
         each = self._training_units() / self.schedule.steps
@@ -144,6 +157,12 @@ class BlockTuning:
                 output = runner.forward_block(block, hidden.to(device), tokens)
             inputs.batches[number] = output.to(hidden.device, hidden.dtype)
             self.told(f"block {block}", tokens.numel())
+
+
+def unpacked_in(model: nn.Module, pair: Pair, config: FinetuneConfig) -> Unpacked | None:
+    """The packed linears of the model, or a part of it, to stand unpacked in memory, if that is asked for or there is room."""
+    unpack = fits(model, pair.compute, pair.device) if config.unpack is None else config.unpack
+    return Unpacked(model, pair.compute) if unpack else None
 
 
 def schedule_of(config: FinetuneConfig) -> Schedule:

@@ -32,7 +32,16 @@ class TuneJob(RunFolder):
     command = "finetune"
     config_class = FinetuneConfig
     free_on_resume = frozenset(
-        {"output_dir", "device", "trust_remote_code", "micro_batch_size", "gradient_checkpointing", "teacher", "cache_dir"}
+        {
+            "output_dir",
+            "device",
+            "trust_remote_code",
+            "micro_batch_size",
+            "gradient_checkpointing",
+            "teacher",
+            "cache_dir",
+            "unpack",
+        }
     )
 
     @classmethod

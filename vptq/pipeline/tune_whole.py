@@ -20,7 +20,7 @@ from vptq.finetune_config import FinetuneConfig
 from vptq.models.device import resolve_device
 from vptq.models.remote import mirror_of
 from vptq.pipeline.states import KeptTeacher, states_folder
-from vptq.pipeline.tune_blocks import Told, schedule_of
+from vptq.pipeline.tune_blocks import Told, schedule_of, unpacked_in
 from vptq.pipeline.tune_job import TuneJob
 from vptq.pipeline.tune_models import Pair
 
@@ -166,6 +166,7 @@ class WholeTuning:
             rank=self.team.rank,
             world=self.team.world,
             reduce=None if self.team.world == 1 else self.team.add_up,
+            unpacked=unpacked_in(student, self.pair, config),
         )
         return Fit(items, self.schedule, distillation.train, distillation.held_out)
 
