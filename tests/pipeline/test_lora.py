@@ -168,6 +168,19 @@ def test_a_run_trains_saves_and_is_read_in_a_new_process(wishes, packed, tmp_pat
     assert again.held_out == result.held_out
 
 
+def test_what_was_measured_is_what_was_saved_in_half_the_bytes(wishes, packed, monkeypatch):
+    """Adapters train in float32 and are kept as the model's floats are."""
+    from vptq.pipeline.tune_adapters import AdapterTuning
+
+    seen = []
+    real = AdapterTuning.perplexity
+    monkeypatch.setattr(AdapterTuning, "perplexity", lambda self, *args: seen.append(logits(self.model)) or real(self, *args))
+    adapter = finetune_model(wishes(learning_rate=0.02)).folder / "adapter"
+    assert {tensor.dtype for tensor in load_file(adapter / "adapter_model.safetensors").values()} == {torch.float16}
+    own = peft.PeftModel.from_pretrained(load_quantized(packed, dtype=torch.float32), adapter)
+    torch.testing.assert_close(logits(own), seen[0], rtol=1e-5, atol=1e-5)
+
+
 def test_a_stopped_run_goes_on(wishes):
     whole = finetune_model(wishes())
     stop = Stop("training", 5)

@@ -20,6 +20,7 @@ from vptq.evaluation.perplexity import Perplexity, whole_perplexity
 from vptq.finetune.fit import DIVERGED
 from vptq.finetune.peft_bridge import packed_linears
 from vptq.finetune_config import FinetuneConfig
+from vptq.models.files import save_tensors
 from vptq.models.remote import publish_folder
 from vptq.nn.vquant_linear import cache_weights
 from vptq.pipeline.tune_blocks import Told
@@ -27,6 +28,7 @@ from vptq.pipeline.tune_job import TuneJob
 from vptq.pipeline.tune_models import Pair
 
 ADAPTER = "adapter"
+WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"  # a folder that has it is whole
 BACKWARD = 3.0  # times a forward pass, that included
 
@@ -86,8 +88,7 @@ class AdapterTuning:
             self.held_out = tuple(kept[1]["held_out"])
             return kept[1]["histories"]
         histories = {"adapters": self._train()}
-        self.model.save_pretrained(folder)
-        publish_folder(folder, last=CONFIG)
+        self._save(folder)
         self.job.save_tensors(ADAPTER, {}, {"histories": histories, "held_out": self.held_out})
         return histories
 
@@ -113,10 +114,22 @@ class AdapterTuning:
             self.note("warning: adapters only made it worse, and are left at nought. Lower --learning_rate, or give more text")
         return history
 
+    def _save(self, folder: Path) -> None:
+        """Write the adapters in the model's own float type, half of what they train in, and go on with what was written."""
+        stored = self.pair.packed.dtype
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(parameter.to(stored))
+        self.model.save_pretrained(folder)
+        path = folder / WEIGHTS
+        save_tensors(path, {name: tensor.to(stored) for name, tensor in load_file(path).items()})
+        publish_folder(folder, last=CONFIG)
+
     def _load_adapters(self, folder: Path) -> None:
         from peft import set_peft_model_state_dict  # noqa: PLC0415 (an extra)
 
-        set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"))
+        set_peft_model_state_dict(self.model, load_file(folder / WEIGHTS))
 
     @torch.no_grad()
     def _forget_all(self) -> None:
