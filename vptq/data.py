@@ -66,7 +66,7 @@ def calibration_sequences(dataset: str, tokenizer: Any, *, nsamples: int, seq_le
     Raises:
         UsageError: a text that can't be had, or that is too short; says how much it holds.
     """
-    stream = _tokenize(dataset, "calibration", tokenizer, enough=max(4 * nsamples * seq_len, CHOICE_TOKENS))
+    stream = calibration_stream(dataset, tokenizer, nsamples * seq_len)
     windows = len(stream) // seq_len
     if windows < nsamples:
         raise UsageError(
@@ -76,9 +76,19 @@ def calibration_sequences(dataset: str, tokenizer: Any, *, nsamples: int, seq_le
             if windows
             else "lower --seq_len or give more text",
         )
+    return TokenSequences(choose_windows(stream, nsamples, seq_len, seed), dataset, len(stream))
+
+
+def calibration_stream(dataset: str, tokenizer: Any, num_tokens: int) -> Tensor:
+    """The text as one run of tokens, (n,) int64; of a long one as much as `num_tokens` of it are to be chosen from."""
+    return _tokenize(dataset, "calibration", tokenizer, enough=max(4 * num_tokens, CHOICE_TOKENS))
+
+
+def choose_windows(stream: Tensor, nsamples: int, seq_len: int, seed: int) -> Tensor:
+    """`nsamples` windows of a run of tokens that do not overlap, chosen by `seed`, in order: (nsamples, seq_len)."""
+    windows = len(stream) // seq_len
     chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:nsamples].sort().values
-    tokens = stream[: windows * seq_len].view(windows, seq_len)[chosen]
-    return TokenSequences(tokens, dataset, len(stream))
+    return stream[: windows * seq_len].view(windows, seq_len)[chosen]
 
 
 def evaluation_stream(dataset: str, tokenizer: Any, seq_len: int = 0) -> Tensor:

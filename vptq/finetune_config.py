@@ -27,7 +27,6 @@ ONLY_IN: dict[str, tuple[str, ...]] = {  # modes that a setting is for, where it
     "kl_weight": ("e2e",),
     "ce_weight": ("e2e",),
     "teacher": ("e2e",),
-    "cache_dir": ("e2e",),
     "gradient_checkpointing": ("e2e", "lora"),
     "unpack": ("block", "e2e"),
     "lora_rank": ("lora",),
@@ -99,7 +98,9 @@ class FinetuneConfig:
         "the original's predictions: cached (computed block by block before, kept on disk) or live (whole model in memory)",
     )
     cache_dir: str | None = option(
-        None, "distillation", "folder that keeps what the original computes, for further runs (default: in the run folder)"
+        None,
+        "distillation",
+        "folder that keeps what the original computes or writes, for further runs (default: the run folder)",
     )
     gradient_checkpointing: bool = option(True, "distillation", "compute blocks twice to save memory")
     lora_rank: int = option(16, "lora", "rank of the adapters")
@@ -132,6 +133,8 @@ class FinetuneConfig:
         for name, modes in ONLY_IN.items():
             default = next(f.default for f in dataclasses.fields(self) if f.name == name)
             check(self.mode in modes or getattr(self, name) == default, f"{name} goes with mode {' or '.join(modes)}")
+        keeps = self.mode == "e2e" or SELF in (self.dataset or ())
+        check(keeps or self.cache_dir is None, f"cache_dir goes with mode e2e, or dataset {SELF}")
         check(self.cache_dir is None or "://" not in self.cache_dir, f"cache_dir is {self.cache_dir}: a folder here is needed")
         for name in ("nsamples", "num_held_out", "steps", "batch_size", "eval_every"):
             value = getattr(self, name)

@@ -27,7 +27,7 @@ from vptq.pipeline.fold import find_fold
 from vptq.pipeline.progress import Silent
 from vptq.pipeline.quantize_tuned import quantize_and_tune
 from vptq.pipeline.run import quantize_model
-from vptq.pipeline.tune_text import tuning_tokens
+from vptq.pipeline.tune_text import share_out, tuning_tokens
 from vptq.pipeline.tune_whole import _compute_blocks_twice
 
 ROTATED = {"rotation": "hadamard", "codebook_scope": "shared", "num_centroids": (-1, 16), "vector_lens": (-1, 1)}
@@ -298,6 +298,32 @@ def test_text_that_the_original_writes(wishes, text_file, originals, tmp_path):
     alone = dataclasses.replace(config, dataset=("self",), nsamples=3)
     own = tuning_tokens(alone, originals["plain"], torch.device("cpu"), lambda *_: None)
     assert own.shape == (3, 12) and len({tuple(row) for row in own.tolist()}) == 3
+
+
+def test_written_text_is_kept_where_that_is_asked(wishes, originals, tmp_path, monkeypatch):
+    config = dataclasses.replace(wishes(dataset=("self",), nsamples=3, cache_dir=str(tmp_path / "kept")), seq_len=12)
+    ask = lambda **changes: tuning_tokens(  # noqa: E731
+        dataclasses.replace(config, **changes).resolved(1000, 128), originals["plain"], torch.device("cpu"), lambda *_: None
+    )
+    first = ask()
+    (file,) = (tmp_path / "kept").iterdir()
+    other = ask(seed=5)
+    assert len(list((tmp_path / "kept").iterdir())) == 2 and not torch.equal(other, first)
+    monkeypatch.setattr("vptq.pipeline.tune_text.sample_text", lambda *_args, **_named: first + 1)
+    assert torch.equal(ask(), first)
+    file.write_bytes(b"damaged")
+    assert torch.equal(ask().sort(0).values, (first + 1).sort(0).values)
+
+
+def test_what_a_short_text_lacks_the_others_give(wishes, originals, text_file, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("abc " * 40)
+    config = wishes(dataset=(str(short), str(text_file), "self"), nsamples=14).resolved(1000, 128)
+    config = dataclasses.replace(config, seq_len=12)
+    assert tuning_tokens(config, originals["plain"], torch.device("cpu"), lambda *_: None).shape == (14, 12)
+    assert share_out(14, {"a": 3, "b": 100, "c": 14}) == {"a": 3, "b": 6, "c": 5}
+    assert share_out(10, {"a": 1, "b": 2, "c": 7}) == {"a": 1, "b": 2, "c": 7}
+    assert share_out(7, {"a": 9, "b": 9}) == {"a": 3, "b": 4}
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from vptq.errors import is_out_of_memory
+from vptq.models.device import free_memory
 
-AT_ONCE = 256  # sequences, on a GPU
+MOST_AT_ONCE = 1024  # sequences, on a GPU
 AT_ONCE_CPU = 16
+CACHE_FRACTION = 0.4  # of a GPU's free memory, for keys and values
 
 
 def sample_text(model: Any, *, count: int, seq_len: int, seed: int, progress: Callable[[int], None] | None = None) -> Tensor:
@@ -25,7 +27,7 @@ def sample_text(model: Any, *, count: int, seq_len: int, seed: int, progress: Ca
     device = model.device
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(int(model.config.get_text_config().vocab_size), (count, 1), generator=generator)
-    step = AT_ONCE if device.type == "cuda" else AT_ONCE_CPU
+    step = _at_once(model, seq_len)
     own, model.generation_config = model.generation_config, _settings(seq_len - 1)  # else its own fill what is None here
     found: list[Tensor] = []
     try:
@@ -44,6 +46,17 @@ def sample_text(model: Any, *, count: int, seq_len: int, seed: int, progress: Ca
     finally:
         model.generation_config = own
     return torch.cat(found)
+
+
+def _at_once(model: Any, seq_len: int) -> int:
+    """How many sequences are written together: on a GPU as many as its memory has room for, as far as the model tells."""
+    if model.device.type != "cuda":
+        return AT_ONCE_CPU
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize * seq_len
+    return max(1, min(MOST_AT_ONCE, int(CACHE_FRACTION * free_memory(model.device)) // each))
 
 
 def _write_on(model: Any, start: Tensor) -> Tensor | None:
