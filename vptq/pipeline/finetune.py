@@ -316,6 +316,7 @@ class _Run:
         loss = LOSSES[self.config.mode]
         results["held_out"] = {"loss": loss, "before": held_out[0], "after": held_out[1]}
         results["tokens"] = self.tokens.numel()
+        results["training_seconds"] = sum(entries[-1].get("seconds", 0.0) for entries in histories.values())
         results["bits"] = {k: v for k, v in bits.to_dict().items() if k.endswith("per_weight")}
         save_json(self.job.folder / "ppl_results.json", results)
         self.job.save(finished=True)

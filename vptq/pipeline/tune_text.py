@@ -50,7 +50,7 @@ def tuning_tokens(config: FinetuneConfig, folder: Path, device: torch.device, pr
     if nsamples < len(names):
         raise UsageError(f"nsamples is {nsamples}, for {len(names)} texts", hint="give --nsamples one a text at least")
     tokenizer = load_tokenizer(folder, config.trust_remote_code) if set(names) - {SELF} else None
-    streams = {name: calibration_stream(name, tokenizer, nsamples * seq_len) for name in {*names} - {SELF}}
+    streams = {name: calibration_stream(name, tokenizer, nsamples * seq_len) for name in dict.fromkeys(names) if name != SELF}
     sizes = {name: nsamples if name == SELF else len(streams[name]) // seq_len for name in names}
     if sum(sizes.values()) < nsamples:
         raise UsageError(
