@@ -9,7 +9,7 @@ from typing import Any, get_args
 from vptq.checks import Checker
 from vptq.config import option
 from vptq.errors import UsageError
-from vptq.recipe import DEFAULT_SEQ_LEN, OFF, FinetuneMode, TeacherKind, TrainableKind
+from vptq.recipe import DEFAULT_SEQ_LEN, OFF, BlockPassKind, FinetuneMode, TeacherKind, TrainableKind
 
 SELF = "self"  # a dataset: text that the original writes
 STEPS = {"block": 100, "e2e": 300, "lora": 300}
@@ -22,6 +22,7 @@ TRAINED: dict[str, tuple[TrainableKind, ...]] = {
 RATES = ((1e9, 2e-3), (7e9, 5e-4), (2e10, 1e-4), (float("inf"), 5e-5))  # up to so many parameters, the rate
 LORA_RATE = 2e-4
 ONLY_IN: dict[str, tuple[str, ...]] = {  # modes that a setting is for, where it is not for all
+    "passes": ("block",),
     "row_scales": ("block", "e2e"),
     "head_rate": ("e2e",),
     "kl_weight": ("e2e",),
@@ -50,6 +51,13 @@ class FinetuneConfig:
         "tuning",
         "what learns: codebooks, scales, offsets, norms, head (default: all but head; codebooks that linears share only e2e)",
         "KIND",
+    )
+    passes: tuple[BlockPassKind, ...] = option(
+        ("outputs", "predictions", "predictions"),
+        "tuning",
+        "mode block: what blocks learn in each pass over them: the original block's outputs, or what the model's predictions "
+        "lack",
+        "PASS",
     )
     row_scales: bool = option(
         False, "tuning", "give every output row a scale of its own first: 16 bits a row more, and more that can learn"
@@ -130,6 +138,10 @@ class FinetuneConfig:
         check(self.mode != "block" or "head" not in (self.train or ()), "train head goes with mode e2e")
         check(self.mode != "lora" or not self.train, "mode lora trains adapters: leave out train")
         check(self.train != (), "train names nothing")
+        passes = get_args(BlockPassKind)
+        for given in self.passes:
+            check(given in passes, f"passes names {given!r}, must be of {', '.join(passes)}")
+        check(len(self.passes) > 0, "passes names nothing")
         for name, modes in ONLY_IN.items():
             default = next(f.default for f in dataclasses.fields(self) if f.name == name)
             check(self.mode in modes or getattr(self, name) == default, f"{name} goes with mode {' or '.join(modes)}")

@@ -105,7 +105,8 @@ def test_blocks_learn(kind, wishes, checkpoints):
         ".lock", "config.yaml", "curves.json", "curves.png", "job.json", "logs", "packed_model", "ppl_results.json"
     }  # fmt: skip
     curves = json.loads((result.folder / "curves.json").read_text())["curves"]
-    assert set(curves) == {"0", "1"} and curves["1"][0]["step"] == 0
+    passes = ("1 outputs", "2 predictions", "3 predictions")
+    assert set(curves) == {f"{name}: {block}" for name in passes for block in (0, 1)} and curves["1 outputs: 1"][0]["step"] == 0
     stored = json.loads((result.folder / "ppl_results.json").read_text())
     (figures,) = stored["ctx_64"].values()
     assert set(figures) == {"original", "before", "after"}
@@ -259,7 +260,7 @@ class Stop(Silent):
 
 
 @pytest.mark.parametrize(
-    "mode, phase, after", [("block", "block 1", 6), ("e2e", "training", 5), ("e2e", "perplexity, after", 1)]
+    "mode, phase, after", [("block", "1 outputs, block 1", 6), ("e2e", "training", 5), ("e2e", "perplexity, after", 1)]
 )
 def test_a_stopped_run_goes_on_to_the_same_bytes(mode, phase, after, wishes):
     whole = finetune_model(wishes(mode=mode))
@@ -445,7 +446,7 @@ def test_folds_are_found(originals, checkpoints):
 
 def test_quantize_and_tune_in_one_run(tiny_llama, text_file, tmp_path):
     config = config_of(tiny_llama, text_file, tmp_path, finetune="block", nsamples=6)
-    stop = Stop("block 1", 3)
+    stop = Stop("1 outputs, block 1", 3)
     folders = []
     stop.run_folder = folders.append
     with pytest.raises(KeyboardInterrupt):

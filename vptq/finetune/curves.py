@@ -15,7 +15,8 @@ def save_curves(folder: Path, curves: Mapping[str, History], label: str) -> bool
     """Write `curves.json` and `curves.png` to a folder; whether there is something to draw with.
 
     Args:
-        curves: by what was trained, dicts with `step`, `loss` and now and then `held_out`. label: of the loss.
+        curves: by what was trained, dicts with `step`, `loss` and now and then `held_out`. What stands before a colon in the
+            name parts them into groups, such as passes over the blocks. label: of the loss.
     """
     save_json(folder / "curves.json", {"loss": label, "curves": {name: list(history) for name, history in curves.items()}})
     try:
@@ -25,11 +26,17 @@ def save_curves(folder: Path, curves: Mapping[str, History], label: str) -> bool
     matplotlib.use("agg", force=False)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    groups: dict[str, dict[str, History]] = {}
+    for name, history in curves.items():
+        group, _, part = name.rpartition(": ")
+        groups.setdefault(group, {})[part] = history
+    figure = Figure(figsize=(8, 4.5 if len(groups) == 1 else 3.2 * len(groups)), dpi=120, layout="constrained")
     if len(curves) == 1:
         _draw_one(figure.subplots(), next(iter(curves.values())), label)
     else:
-        _draw_many(figure.subplots(1, 2), curves, label)
+        for row, (group, own) in zip(figure.subplots(len(groups), 2, squeeze=False), groups.items(), strict=True):
+            _draw_many(row, own, label)
+            row[0].set_title(group, loc="left", fontsize="medium")
     with whole_file(folder / "curves.png") as partial:
         figure.savefig(partial, format="png")
     return True
@@ -61,9 +68,9 @@ def _draw_many(both: Any, curves: Mapping[str, History], label: str) -> None:
     places = range(len(firsts))
     both[0].semilogy(places, firsts, "o-", color="0.6", label="before")
     both[0].semilogy(places, lasts, "o-", color="tab:blue", label="after")
-    both[0].set(xlabel="block", ylabel=f"held-out {label}")
+    both[0].set(xlabel="block", ylabel=f"held out: {label}")
     both[0].legend()
-    both[1].set(xlabel="step", ylabel="held-out loss, of that before (first block blue, last red)")
+    both[1].set(xlabel="step", ylabel="held out, of that before\n(first block blue, last red)")
     for axes in both:
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)

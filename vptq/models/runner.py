@@ -8,7 +8,7 @@ block is given; stubs that hand on known hidden states let the model compute its
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,19 +165,31 @@ class BlockRunner:
             self._logits(hidden, tokens)
         return caught[0]
 
-    @torch.enable_grad()
     def loss_gradient(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Gradient of the summed next-token loss, in nats, with respect to the last block's output; of the same shape.
 
         Summed over tokens, not averaged: so it is of a size that 16-bit floats hold, whatever the number of tokens.
         """
+
+        def next_token(logits: Tensor, sequence: int) -> list[Tensor]:
+            targets = tokens[sequence, 1:].to(self.device)
+            return [torch.nn.functional.cross_entropy(logits, targets, reduction="sum")]
+
+        return self.loss_gradients(hidden, tokens, next_token)[0]
+
+    @torch.enable_grad()
+    def loss_gradients(self, hidden: Tensor, tokens: Tensor, losses: Callable[[Tensor, int], Sequence[Tensor]]) -> list[Tensor]:
+        """Gradients of losses with respect to the last block's output, each of its shape.
+
+        Args:
+            losses: of the logits that predict something, (seq_len - 1, vocab_size) float32, and the sequence's number.
+        """
         rows = []
-        for state, target in zip(hidden.split(1), tokens.split(1), strict=True):
+        for sequence, (state, target) in enumerate(zip(hidden.split(1), tokens.split(1), strict=True)):
             state = state.to(self.device).detach().requires_grad_()
-            logits = self._logits(state, target)[0, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits, target[0, 1:].to(self.device), reduction="sum")
-            rows.append(torch.autograd.grad(loss, state)[0])
-        return torch.cat(rows)
+            found = losses(self._logits(state, target)[0, :-1].float(), sequence)
+            rows.append([torch.autograd.grad(loss, state, retain_graph=True)[0] for loss in found])
+        return [torch.cat(own) for own in zip(*rows, strict=True)]
 
     def _logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         if self._returns_tuple is None:

@@ -43,7 +43,7 @@ from vptq.pipeline.tune_whole import Alone, Launched, Team, WholeTuning, is_laun
 
 BEFORE = "before"
 TRAINED = "trained"
-CURVES = {"block": "relative squared error", "e2e": "loss, nats a token", "lora": "loss, nats a token"}
+CURVES = {"block": "loss", "e2e": "loss, nats a token", "lora": "loss, nats a token"}
 LOSSES = {"block": "KL of the whole model", "e2e": "loss", "lora": "loss"}
 Weights = Iterator[tuple[str, Tensor]]  # linear name, weight
 

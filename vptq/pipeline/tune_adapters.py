@@ -23,7 +23,7 @@ from vptq.finetune_config import FinetuneConfig
 from vptq.models.files import save_tensors
 from vptq.models.remote import publish_folder
 from vptq.nn.vquant_linear import cache_weights
-from vptq.pipeline.tune_blocks import Told
+from vptq.pipeline.block_pass import Told
 from vptq.pipeline.tune_job import TuneJob
 from vptq.pipeline.tune_models import Pair
 

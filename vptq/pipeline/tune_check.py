@@ -39,18 +39,22 @@ class Changed:
 
 
 def best_part(
-    pair: Pair, changed: Mapping[str, Tensor], held_out: Tensor, told: Callable[[], None]
+    pair: Pair,
+    changed: Mapping[str, Tensor],
+    held_out: Tensor,
+    told: Callable[[], None],
+    before: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[float, float]]:
     """The values on the way from before to `changed` that give the best model, and the mean KL at each part of the way.
 
     Args:
         changed: by full name, in the type they are stored in. held_out: (num_sequences, seq_len) int64.
-        told: called after each part.
+        told: called after each part. before: where the way begins; what it lacks is as in the checkpoint.
     """
     windows = held_out.contiguous()
     original = BlockRunner(pair.original, pair.original.source(), pair.device, pair.dtype)
     wanted = last_states(original, windows)
-    found, ways = {}, {part: _on_the_way(pair, changed, part) for part in PARTS}
+    found, ways = {}, {part: _on_the_way(pair, before or {}, changed, part) for part in PARTS}
     for part, values in ways.items():
         found[part] = _divergence_of(pair, original, wanted, windows, values)
         told()
@@ -70,11 +74,11 @@ def _source(pair: Pair, skeleton: Skeleton, values: Mapping[str, Tensor]) -> Deq
     return DequantizedSource(base, layers, lambda name: packed_tensors(base, name, layers[name]), skeleton.dtype, pair.device)
 
 
-def _on_the_way(pair: Pair, changed: Mapping[str, Tensor], part: float) -> dict[str, Tensor]:
+def _on_the_way(pair: Pair, before: Mapping[str, Tensor], changed: Mapping[str, Tensor], part: float) -> dict[str, Tensor]:
     if part == 0:
-        return {}
+        return dict(before)
     values = {}
     for name, tensor in changed.items():
-        before = pair.packed_source.get(name).float()
-        values[name] = (before + part * (tensor.float() - before)).to(tensor.dtype)
-    return values
+        start = (before[name] if name in before else pair.packed_source.get(name)).float()
+        values[name] = (start + part * (tensor.float() - start)).to(tensor.dtype)
+    return dict(before) | values

@@ -19,8 +19,8 @@ from vptq.finetune.trainable import trainables
 from vptq.finetune_config import FinetuneConfig
 from vptq.models.device import resolve_device
 from vptq.models.remote import mirror_of
+from vptq.pipeline.block_pass import Told, schedule_of, unpacked_in
 from vptq.pipeline.states import KeptTeacher, states_folder
-from vptq.pipeline.tune_blocks import Told, schedule_of, unpacked_in
 from vptq.pipeline.tune_job import TuneJob
 from vptq.pipeline.tune_models import Pair
 

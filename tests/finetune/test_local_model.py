@@ -1,0 +1,86 @@
+"""What one block sees of the model's loss: its slope is the true one, its curvature the Fisher matrix's."""
+
+import pytest
+import torch
+
+from tests.nn.test_vquant_linear import module_of, packed
+from vptq.finetune.blockwise import BlockBatches
+from vptq.finetune.local_model import LocalModel, linearise, sizes_of
+from vptq.finetune.unpacked import Unpacked
+
+
+class OneBlock:
+    """A runner whose block is x + linear(x)."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, linear):
+        self.linear = linear
+
+    def forward_block(self, _block, hidden, _tokens):
+        return hidden + torch.nn.functional.pad(self.linear(hidden), (0, 18))
+
+
+@pytest.fixture
+def linear(generator):
+    _, layer, tensors = packed("residual", generator, dtype=torch.float32)
+    return module_of(layer, tensors, dtype=torch.float32)
+
+
+def batches_of(linear, inputs, **changes):
+    settings = {"batches_a_step": 2, "num_held_out": 1, "seed": 0, "compute": torch.float32}
+    tokens = [torch.zeros(x.shape[:2], dtype=torch.int64) for x in inputs]
+    return BlockBatches(OneBlock(linear), 0, inputs, tokens, **settings | changes)
+
+
+def problem_of(linear, generator):
+    inputs = [torch.randn(2, 5, 48, generator=generator) for _ in range(4)]
+    slopes = [[torch.randn(2, 5, 48, generator=generator) for _ in range(2)] for _ in inputs]
+    return inputs, slopes
+
+
+@pytest.mark.parametrize("unpack", [False, True])
+def test_block_is_linearised(linear, generator, unpack):
+    inputs, slopes = problem_of(linear, generator)
+    unpacked = Unpacked(linear, torch.float32) if unpack else None
+    outputs, handed, metric = linearise(batches_of(linear, inputs, unpacked=unpacked), slopes)
+    weight = torch.nn.functional.pad(linear.dequantize().float(), (0, 0, 0, 18)) + torch.eye(48)
+    expected = torch.zeros(48, 48)
+    for x, found, (own, label), (first, second) in zip(inputs, outputs, slopes, handed, strict=True):
+        torch.testing.assert_close(found, x @ weight.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(first, own @ weight, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(second, label @ weight, rtol=1e-3, atol=1e-3)
+        for y, u in zip(found.flatten(0, 1), label.flatten(0, 1), strict=True):
+            expected += torch.outer(y.norm() * u, y.norm() * u) / 40
+    torch.testing.assert_close(metric, expected, rtol=1e-3, atol=1e-2)
+
+
+def test_loss_is_what_it_says(linear, generator):
+    inputs, slopes = problem_of(linear, generator)
+    batches = batches_of(linear, inputs)
+    outputs, _, metric = linearise(batches, slopes)
+    loss = LocalModel(batches, outputs, [pair[0] for pair in slopes], metric, [1.0, 2.0, 3.0, 4.0])
+    assert loss.of_batch(1).item() == pytest.approx(2.0) and loss.held_out() == pytest.approx(4.0)
+    with torch.no_grad():
+        linear.weight_scale.mul_(1.1)
+        change = batches.output(1) - outputs[1]
+    relative = change / outputs[1].norm(dim=-1, keepdim=True)
+    right = 2.0 + sum(
+        (g @ d + 0.5 * r @ metric @ r) / 10
+        for g, d, r in zip(slopes[1][0].flatten(0, 1), change.flatten(0, 1), relative.flatten(0, 1), strict=True)
+    )
+    assert loss.of_batch(1).item() == pytest.approx(right.item(), rel=1e-4)
+
+
+def test_a_token_without_size_is_no_division_by_nought():
+    assert torch.isfinite(1 / sizes_of(torch.zeros(2, 3, 4))).all()
+
+
+def test_steps_take_the_batches_that_are_trained_on(linear, generator):
+    inputs, slopes = problem_of(linear, generator)
+    batches = batches_of(linear, inputs)
+    outputs, _, metric = linearise(batches, slopes)
+    loss = LocalModel(batches, outputs, [pair[0] for pair in slopes], metric, [1.0, 10.0, 100.0, 1000.0])
+    linear.weight_scale.requires_grad_()
+    assert {round(loss.train(step), 3) for step in range(30)} == {5.5, 50.5, 55.0}, "two of the first three, never the last"
+    assert linear.weight_scale.grad is not None

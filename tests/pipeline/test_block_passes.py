@@ -1,0 +1,84 @@
+"""Passes over the blocks: slopes that are the whole model's, each pass held against the whole, resume between them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.pipeline.test_finetune import Stop, changed_names, checkpoints, originals, wishes  # noqa: F401 (fixtures)
+from vptq.checkpoint.reader import load_whole
+from vptq.finetune.local_model import LocalModel
+from vptq.finetune.trainable import trainables
+from vptq.pipeline.block_pass import PassSettings
+from vptq.pipeline.finetune import finetune_model
+from vptq.pipeline.prediction_pass import PredictionPass
+from vptq.pipeline.progress import Silent
+from vptq.pipeline.tune_job import TuneJob
+from vptq.pipeline.tune_models import Pair
+
+
+@pytest.mark.parametrize("kind", ["plain", "folded"])
+@pytest.mark.parametrize("unpack", [False, True])
+def test_slopes_of_the_blocks_are_those_of_the_whole_model(kind, unpack, wishes, originals, checkpoints, tmp_path, monkeypatch):  # noqa: F811
+    """The gradient of each block's local model is that of KL(original || packed) end to end."""
+    config = wishes(kind, mode="block", unpack=unpack).resolved(1000, 128)
+    pair = Pair.open(originals[kind], checkpoints[kind], torch.device("cpu"), False, False)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(30, (2, 16), generator=generator) for _ in range(3)]
+    job = TuneJob.create(config, "", {}, tmp_path / "run")
+    found = {}
+
+    def watch(self, block, items, make_loss):
+        loss = make_loss()
+        assert isinstance(loss, LocalModel)
+        with loss.batches.learning():
+            for number in range(3):
+                (loss.of_batch(number) / 3).backward()
+        found.update({item.name: item.parameter.grad for item in items})
+        return {}, []
+
+    monkeypatch.setattr(PredictionPass, "train", watch)
+    settings = PassSettings(pair, config, batches, 1, job, lambda *_: None, lambda _: None)
+    PredictionPass(settings, "1 predictions", {}).run()
+
+    student = pair.load_student()
+    original = load_whole(str(originals[kind]), "cpu").float()
+    items = trainables(student, config.train, pair.packed.dtype, lent=pair.lent)
+    for tokens in batches:
+        with torch.no_grad():
+            wanted = original(input_ids=tokens).logits[:, :-1].log_softmax(-1)
+        ours = student(input_ids=tokens).logits[:, :-1].log_softmax(-1)
+        divergence = torch.nn.functional.kl_div(ours, wanted, reduction="sum", log_target=True)
+        (divergence / (3 * tokens.numel())).backward()
+    expected = {item.name: item.parameter.grad for item in items if item.name.startswith("model.layers")}
+    assert set(found) == set(expected) and found
+    for name, gradient in expected.items():
+        size = gradient.abs().max().item()
+        torch.testing.assert_close(found[name], gradient, rtol=1e-2, atol=1e-3 * size + 1e-7, msg=name)
+
+
+def test_each_pass_goes_on_from_the_last(wishes, checkpoints):  # noqa: F811
+    notes = []
+    progress = Silent()
+    progress.note = notes.append
+    result = finetune_model(wishes(mode="block", passes=("predictions", "outputs", "predictions")), progress=progress)
+    told = [note for note in notes if "KL from the original" in note]
+    assert [note.split(":")[0] for note in told] == ["1 predictions", "2 outputs", "3 predictions"]
+    numbers = [[float(word) for word in note.split() if word[0].isdigit() and "." in word] for note in told]
+    assert numbers[0][1] == numbers[1][0] and numbers[1][1] == numbers[2][0]
+    assert numbers[0][1] < numbers[0][0]
+    assert result.held_out == pytest.approx((numbers[0][0], numbers[2][1]), abs=1e-4)
+    assert changed_names(checkpoints["plain"], result.folder / "packed_model")
+
+
+@pytest.mark.parametrize(
+    "phase, count", [("1 outputs, block 1", 2), ("2 predictions, block 0", 11), ("3 predictions, block 1", 2)]
+)
+def test_a_stopped_pass_goes_on(phase, count, wishes):  # noqa: F811
+    whole = finetune_model(wishes(mode="block"))
+    stop = Stop(phase, count)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_model(wishes(mode="block"), progress=stop)
+    again = finetune_model(wishes(), resume=stop.folder)
+    assert again.held_out == whole.held_out
+    assert changed_names(whole.folder / "packed_model", again.folder / "packed_model") == set()
