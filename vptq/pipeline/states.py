@@ -80,5 +80,4 @@ class KeptTeacher:
     def __call__(self, numbers: list[int]) -> Tensor:
         """(len(numbers), seq_len, vocab_size) on the runner's device."""
         rows = [self.files[n // self.each].get_slice(NAME)[n % self.each : n % self.each + 1] for n in numbers]
-        logits = [self.runner.logits(row, self.tokens[n][None]) for row, n in zip(rows, numbers, strict=True)]
-        return torch.cat(logits)
+        return self.runner.logits(torch.cat(rows), self.tokens[numbers])

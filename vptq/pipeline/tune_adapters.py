@@ -19,7 +19,9 @@ from vptq.errors import UsageError
 from vptq.evaluation.perplexity import Perplexity, whole_perplexity
 from vptq.finetune.fit import DIVERGED
 from vptq.finetune.peft_bridge import packed_linears
+from vptq.finetune.unpacked import FREE_FRACTION
 from vptq.finetune_config import FinetuneConfig
+from vptq.models.device import free_memory
 from vptq.models.files import save_tensors
 from vptq.models.remote import publish_folder
 from vptq.nn.vquant_linear import cache_weights
@@ -182,8 +184,8 @@ class AdapterTuning:
         dtype = torch.float32 if self.pair.device.type == "cpu" else None
         trust = self.pair.trust_remote_code
         model = load_quantized(self.pair.packed.folder, self.pair.device, dtype=dtype, trust_remote_code=trust)
-        if self.pair.device.type == "cpu":
-            cache_weights(model)  # they don't learn, and unpacking them twice a step takes longer than all else
+        room = FREE_FRACTION * free_memory(self.pair.device)
+        cache_weights(model, limit=room)  # they don't learn, and unpacking them twice a step takes longer than all else
         model.config.use_cache = False
         model.name_or_path = str(self.pair.packed.folder)  # where the adapters will look for it
         targets = list(config.target_modules) if config.target_modules else sorted(packed_linears(model))
