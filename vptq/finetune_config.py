@@ -21,6 +21,7 @@ TRAINED: dict[str, tuple[TrainableKind, ...]] = {
 }
 RATES = ((1e9, 2e-3), (7e9, 5e-4), (2e10, 1e-4), (float("inf"), 5e-5))  # up to so many parameters, the rate
 LORA_RATE = 2e-4
+AT_ONCE = 8192  # tokens that go through a block together
 ONLY_IN: dict[str, tuple[str, ...]] = {  # modes that a setting is for, where it is not for all
     "passes": ("block",),
     "row_scales": ("block", "e2e"),
@@ -87,8 +88,10 @@ class FinetuneConfig:
     warmup_frac: float = option(0.05, "training", "part of the steps over which the rate rises; then it falls as a cosine")
     weight_decay: float = option(0.0, "training", "of AdamW")
     batch_size: int | None = option(None, "training", "sequences a step (default: 16)")
-    micro_batch_size: int = option(
-        1, "training", "sequences at once, a divisor of --batch_size: as many as memory allows are fastest"
+    micro_batch_size: int | None = option(
+        None,
+        "training",
+        f"sequences at once, a divisor of --batch_size: more are faster and take more memory (default: {AT_ONCE} tokens' worth)",
     )
     eval_every: int | None = option(None, "training", "steps between two looks at the held-out text (default: a tenth)")
     patience: int = option(4, "training", "looks without gain after which training stops")
@@ -126,6 +129,11 @@ class FinetuneConfig:
     eval_nsamples: int = option(OFF, "results", "most windows of each evaluation text (-1 = all)")
     device: str | None = option(None, "devices", "cuda, cuda:N or cpu (default: cuda where there is one)")
 
+    @property
+    def at_once(self) -> int:
+        """Sequences that go through a block together."""
+        return self.micro_batch_size or 1
+
     def faults(self) -> list[str]:
         """Every fault of these settings that shows without the model."""
         found: list[str] = []
@@ -148,10 +156,10 @@ class FinetuneConfig:
         keeps = self.mode == "e2e" or SELF in (self.dataset or ())
         check(keeps or self.cache_dir is None, f"cache_dir goes with mode e2e, or dataset {SELF}")
         check(self.cache_dir is None or "://" not in self.cache_dir, f"cache_dir is {self.cache_dir}: a folder here is needed")
-        for name in ("nsamples", "num_held_out", "steps", "batch_size", "eval_every"):
+        for name in ("nsamples", "num_held_out", "steps", "batch_size", "micro_batch_size", "eval_every"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"{name} is {value}, must be 1 or more")
-        for name in ("micro_batch_size", "patience", "lora_rank"):
+        for name in ("patience", "lora_rank"):
             check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, must be 1 or more")
         check(self.nsamples is None or self.nsamples >= 2, f"nsamples is {self.nsamples}: one to train on, one held out")
         check(self.seq_len is None or self.seq_len >= 2, f"seq_len is {self.seq_len}, must be 2 or more")
@@ -197,17 +205,19 @@ class FinetuneConfig:
         nsamples = self.nsamples or SAMPLES[self.mode]
         steps = self.steps or STEPS[self.mode]
         batch = self.batch_size or BATCH[self.mode]
+        seq_len = self.seq_len or min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
+        most = min(self.micro_batch_size or max(1, AT_ONCE // seq_len), batch)
         by_size = next(rate for size, rate in RATES if num_parameters < size)
         return replace(
             self,
             train=TRAINED.get(self.mode) if self.train is None else self.train,
             nsamples=nsamples,
-            seq_len=self.seq_len or min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN),
+            seq_len=seq_len,
             num_held_out=self.num_held_out or max(1, min(nsamples // 8, 32)),
             steps=steps,
             learning_rate=self.learning_rate or (LORA_RATE if self.mode == "lora" else by_size),
             batch_size=batch,
-            micro_batch_size=next(size for size in range(min(self.micro_batch_size, batch), 0, -1) if batch % size == 0),
+            micro_batch_size=next(size for size in range(most, 0, -1) if batch % size == 0),
             eval_every=min(self.eval_every or max(1, steps // 10), steps),
         )
 

@@ -39,7 +39,7 @@ def test_slopes_of_the_blocks_are_those_of_the_whole_model(kind, unpack, wishes,
 
     monkeypatch.setattr(PredictionPass, "train", watch)
     settings = PassSettings(pair, config, batches, 1, job, lambda *_: None, lambda _: None)
-    PredictionPass(settings, "1 predictions", {}).run()
+    PredictionPass(settings, "1 predictions", {}, 1.0).run()
 
     student = pair.load_student()
     original = load_whole(str(originals[kind]), "cpu").float()

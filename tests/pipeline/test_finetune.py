@@ -155,7 +155,7 @@ def test_the_heads_rate_is_a_part_of_the_others(wishes, monkeypatch):
 
 
 def test_a_step_has_as_many_sequences_as_are_asked_for(wishes):
-    for batch, micro, found in ((16, 12, 8), (2, 8, 2), (6, 4, 3), (7, 3, 1)):
+    for batch, micro, found in ((16, 12, 8), (2, 8, 2), (6, 4, 3), (7, 3, 1), (64, None, 64), (512, None, 128)):
         assert wishes(batch_size=batch, micro_batch_size=micro).resolved(1000, 128).micro_batch_size == found
 
 
@@ -347,6 +347,10 @@ def test_what_a_short_text_lacks_the_others_give(wishes, originals, text_file, t
         ({"mode": "block", "train": ("offsets",), "kind": "trellis"}, "nothing of this model is of a kind"),
         ({"mode": "block", "train": ("codebooks",), "kind": "trellis"}, "nothing of this model is of a kind"),
         ({"train": ()}, "train names nothing"),
+        ({"mode": "block", "passes": ()}, "passes names nothing"),
+        ({"mode": "block", "passes": ("outputs", "all")}, "passes names 'all', must be of outputs, predictions"),
+        ({"mode": "e2e", "passes": ("outputs",)}, "passes goes with mode block"),
+        ({"mode": "lora", "unpack": True}, "unpack goes with mode"),
         ({"mode": "e2e", "cache_dir": "s3://bucket/kept"}, "a folder here is needed"),
         ({"mode": "lora", "target_modules": ("q_proj", "nothing")}, "no packed linear has this name"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),

@@ -20,7 +20,8 @@ class LocalModel(BlockLoss):
 
     Args:
         before: the outputs before, y, for each batch of inputs, float32. slopes: g, of the same shapes.
-        metric: F, (hidden_size, hidden_size). start: KL₀ of each batch.
+        metric: F, (hidden_size, hidden_size), or a multiple of it, where other blocks change at the same time: their outputs'
+            changes add up. start: KL₀ of each batch.
     """
 
     def __init__(

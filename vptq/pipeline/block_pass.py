@@ -60,13 +60,14 @@ class BlockPass:
 
     Args:
         name: of the pass; its blocks are kept in the run folder under it. start: values that earlier passes found, by full
-            name.
+            name. damping: by how much more an output's change is taken to cost than it does alone (`LocalModel`).
     """
 
     once = 0.0  # passes of all tokens through each block that go with it, beside the training
+    parts: tuple[float, ...] = (0.0, 0.5, 1.0)  # of the way to what was learned, of which the best is kept
 
-    def __init__(self, settings: PassSettings, name: str, start: Mapping[str, Tensor]) -> None:
-        self.settings, self.name, self.start = settings, name, start
+    def __init__(self, settings: PassSettings, name: str, start: Mapping[str, Tensor], damping: float) -> None:
+        self.settings, self.name, self.start, self.damping = settings, name, start, damping
         self.schedule = schedule_of(settings.config)
 
     def run(self) -> tuple[dict[str, Tensor], dict[str, History]]:
@@ -96,7 +97,7 @@ class BlockPass:
             block,
             inputs,
             self.settings.batches,
-            batches_a_step=max(1, (config.batch_size or 1) // config.micro_batch_size),
+            batches_a_step=max(1, (config.batch_size or 1) // config.at_once),
             num_held_out=self.settings.num_held_out,
             seed=config.seed,
             compute=self.settings.pair.compute,

@@ -99,8 +99,11 @@ def finetune_model(
         if team.world > 1 and config.mode != "e2e":
             raise UsageError(f"mode {config.mode} works in one process", hint="start it without a launcher")
         device = team.device if isinstance(team, Launched) else resolve_device(config.device)
-        with _told_of_memory(config):
-            return _Run(config, job, progress or Silent(), device, team, ending, folder).execute()
+        known = [config]
+        with _told_of_memory(known):
+            run = _Run(config, job, progress or Silent(), device, team, ending, folder)
+            known.append(run.config)
+            return run.execute()
 
 
 def _load(resume: str | Path, team: Team, ending: contextlib.ExitStack) -> TuneJob:
@@ -368,14 +371,15 @@ def _finished(job: TuneJob) -> TuneResult:
 
 
 @contextlib.contextmanager
-def _told_of_memory(config: FinetuneConfig) -> Iterator[None]:
-    """Say what to lower where memory runs out."""
+def _told_of_memory(known: list[FinetuneConfig]) -> Iterator[None]:
+    """Say what to lower where memory runs out. known: the settings, the last the most resolved."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        ways = [f"--micro_batch_size (now {config.micro_batch_size})"] if config.micro_batch_size > 1 else []
+        config = known[-1]
+        ways = [f"--micro_batch_size (now {config.micro_batch_size})"] if config.at_once > 1 else []
         if config.mode == "e2e" and config.teacher == "live":
             ways.append("--teacher cached")
         if config.mode != "block" and not config.gradient_checkpointing:

@@ -18,6 +18,7 @@ from vptq.pipeline.block_pass import BlockPass, History
 class PredictionPass(BlockPass):
     """From the last block to the first."""
 
+    parts = (0.0, 0.25, 0.5, 1.0)
     once = 5.0  # the original forward, the packed one forward, and forward and twice backward
 
     def run(self) -> tuple[dict[str, Tensor], dict[str, History]]:

@@ -210,9 +210,9 @@ class AdapterTuning:
             arguments = TrainingArguments(
                 output_dir=str(self.job.work / "trainer"),
                 max_steps=steps,
-                per_device_train_batch_size=config.micro_batch_size,
-                per_device_eval_batch_size=config.micro_batch_size,
-                gradient_accumulation_steps=max(1, (config.batch_size or 1) // config.micro_batch_size),
+                per_device_train_batch_size=config.at_once,
+                per_device_eval_batch_size=config.at_once,
+                gradient_accumulation_steps=max(1, (config.batch_size or 1) // config.at_once),
                 learning_rate=config.learning_rate or 0.0,
                 warmup_steps=round(config.warmup_frac * steps),
                 lr_scheduler_type="cosine",

@@ -11,12 +11,14 @@ from vptq.finetune_config import FinetuneConfig
 from vptq.pipeline.block_pass import BlockPass, History, PassSettings, Told
 from vptq.pipeline.output_pass import OutputPass
 from vptq.pipeline.prediction_pass import PredictionPass
-from vptq.pipeline.tune_check import PARTS, best_part
+from vptq.pipeline.tune_check import best_part
 from vptq.pipeline.tune_job import TuneJob
 from vptq.pipeline.tune_models import Pair
 from vptq.recipe import BlockPassKind
 
 PASSES: dict[str, type[BlockPass]] = {"outputs": OutputPass, "predictions": PredictionPass}
+COUPLING = 0.1  # of a block with each other one: how much of their outputs' changes adds up
+DAMPING = {1.0: 0.7, 0.5: 1.5, 0.25: 3.0, 0.0: 6.0}  # what it is multiplied by, after the part of the way that was best
 
 
 class BlockTuning:
@@ -30,15 +32,18 @@ class BlockTuning:
     def __init__(
         self, pair: Pair, config: FinetuneConfig, tokens: Tensor, job: TuneJob, told: Told, note: Callable[[str], None]
     ) -> None:
-        size, held_out = config.micro_batch_size, config.num_held_out or 0
+        size, held_out = config.at_once, config.num_held_out or 0
         train, rest = tokens[: len(tokens) - held_out].split(size), tokens[len(tokens) - held_out :].split(size)
         self.settings = PassSettings(pair, config, [*train, *rest], len(rest), job, told, note)
         self.held_out = (math.nan, math.nan)  # KL of the whole model, before and after
+        self.damping = 1 + COUPLING * (self.settings.num_blocks - 1)
 
     def units(self) -> float:
         """What `told` is told in all."""
-        each = [PASSES[kind].units(self.settings) for kind in self.settings.config.passes]
-        return sum(each) + len(each) * len(PARTS) * self._check_units()
+        return sum(self._units_of(kind) for kind in self.settings.config.passes)
+
+    def _units_of(self, kind: BlockPassKind) -> float:
+        return PASSES[kind].units(self.settings) + len(PASSES[kind].parts) * self._check_units()
 
     def run(self) -> tuple[dict[str, Tensor], dict[str, History]]:
         """Every pass; what has changed, by full name as it is stored, and the history of each block in each pass."""
@@ -53,23 +58,27 @@ class BlockTuning:
         """One pass, or what a stopped run found in it."""
         job, kept = self.settings.job, self.settings.job.load_tensors(name)
         if kept is not None:
-            self.held_out = tuple(kept[1]["held_out"])
-            self.settings.told(name, PASSES[kind].units(self.settings) + len(PARTS) * self._check_units())
+            self.held_out, self.damping = tuple(kept[1]["held_out"]), kept[1]["damping"]
+            self.settings.told(name, self._units_of(kind))
             return kept[0], kept[1]["histories"]
-        changed, found = PASSES[kind](self.settings, name, before).run()
-        values = self._checked(name, before, changed)
+        one = PASSES[kind](self.settings, name, before, self.damping)
+        changed, found = one.run()
+        values, part = self._checked(one, changed)
+        if kind == "predictions":
+            self.damping *= DAMPING[part]
         histories = {f"{name}: {block}": history for block, history in found.items()}
-        job.save_tensors(name, values, {"held_out": self.held_out, "histories": histories})
+        numbers = {"held_out": self.held_out, "damping": self.damping, "histories": histories}
+        job.save_tensors(name, values, numbers)
         return values, histories
 
-    def _checked(self, name: str, before: dict[str, Tensor], changed: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The values, or those on the way to them, that make the best model as a whole."""
-        settings = self.settings
+    def _checked(self, one: BlockPass, changed: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+        """The values, or those on the way to them, that make the best model as a whole, and the part of the way."""
+        settings, name = self.settings, one.name
 
         def told() -> None:
             settings.told("the model as a whole", self._check_units())
 
-        values, found = best_part(settings.pair, changed, settings.held_out, told, before)
+        values, found = best_part(settings.pair, changed, settings.held_out, told, one.start, one.parts)
         part = min(found, key=lambda key: found[key])
         first = found[0.0] if math.isnan(self.held_out[0]) else self.held_out[0]
         self.held_out = first, found[part]
@@ -77,7 +86,7 @@ class BlockTuning:
         if part < 1:
             less = f"{part:.0%} of the way is kept" if part else "all is left as it was before it"
             settings.note(f"{name}: with all that blocks learned the model is worse (KL {found[1.0]:.4f}): {less}")
-        return values
+        return values, part
 
     def _check_units(self) -> float:
         return float(self.settings.num_blocks * self.settings.held_out.numel())

@@ -1,12 +1,12 @@
 """Whether blocks that have come closer to their originals, each for itself, make a better model together.
 
 They need not: a block's squared error counts all directions of its output alike, what follows does not. So the values that
-were found are held against those of before, and against half the way, by KL(original ‖ packed) on the held-out text.
+were found are held against those of before, and against parts of the way, by KL(original ‖ packed) on the held-out text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -17,8 +17,6 @@ from vptq.models.device import forced_dtype
 from vptq.models.runner import BlockRunner
 from vptq.models.stream import TensorSource
 from vptq.pipeline.tune_models import Pair
-
-PARTS = (0.0, 0.5, 1.0)
 
 
 class Changed:
@@ -43,18 +41,20 @@ def best_part(
     changed: Mapping[str, Tensor],
     held_out: Tensor,
     told: Callable[[], None],
-    before: Mapping[str, Tensor] | None = None,
+    before: Mapping[str, Tensor],
+    parts: Sequence[float],
 ) -> tuple[dict[str, Tensor], dict[float, float]]:
     """The values on the way from before to `changed` that give the best model, and the mean KL at each part of the way.
 
     Args:
         changed: by full name, in the type they are stored in. held_out: (num_sequences, seq_len) int64.
-        told: called after each part. before: where the way begins; what it lacks is as in the checkpoint.
+        told: called after each part. before: where the way begins; what it lacks is as in the checkpoint. parts: of the way, 0
+            among them.
     """
     windows = held_out.contiguous()
     original = BlockRunner(pair.original, pair.original.source(), pair.device, pair.dtype)
     wanted = last_states(original, windows)
-    found, ways = {}, {part: _on_the_way(pair, before or {}, changed, part) for part in PARTS}
+    found, ways = {}, {part: _on_the_way(pair, before, changed, part) for part in parts}
     for part, values in ways.items():
         found[part] = _divergence_of(pair, original, wanted, windows, values)
         told()

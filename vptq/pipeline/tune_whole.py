@@ -158,7 +158,7 @@ class WholeTuning:
             teacher,
             Weights(config.kl_weight, config.ce_weight),
             batch=config.batch_size or 1,
-            micro_batch=config.micro_batch_size,
+            micro_batch=config.at_once,
             num_held_out=config.num_held_out or 1,
             seed=config.seed,
             device=self.pair.device,
