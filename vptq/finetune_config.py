@@ -91,7 +91,7 @@ class FinetuneConfig:
     micro_batch_size: int | None = option(
         None,
         "training",
-        f"sequences at once, a divisor of --batch_size: more are faster and take more memory (default: {AT_ONCE} tokens' worth)",
+        f"sequences at once, a divisor of --batch_size: more are faster, for memory (default: {AT_ONCE} tokens' worth)",
     )
     eval_every: int | None = option(None, "training", "steps between two looks at the held-out text (default: a tenth)")
     patience: int = option(4, "training", "looks without gain after which training stops")
