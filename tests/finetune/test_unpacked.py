@@ -29,9 +29,9 @@ def gradients(module):
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.replace(" ", "-"))
-def test_gradients_are_those_of_packed_products(setting, generator):
-    module = learning(random_module(setting, SHAPE, torch.float32, "cpu", generator, bias=True))
-    batches = [torch.randn(3, SHAPE[1], generator=generator).requires_grad_() for _ in range(3)]
+def test_gradients_are_those_of_packed_products(setting, generator, device):
+    module = learning(random_module(setting, SHAPE, torch.float32, device, generator, bias=True))
+    batches = [torch.randn(3, SHAPE[1], generator=generator).to(device).requires_grad_() for _ in range(3)]
     for x in batches:
         module(x).square().sum().backward()
     expected, inputs = gradients(module), [x.grad for x in batches]
@@ -50,9 +50,9 @@ def test_gradients_are_those_of_packed_products(setting, generator):
 
 
 @pytest.mark.parametrize("setting", ["outliers", "rotated", "trellis 2"])
-def test_products_are_those_of_the_packed_weight(setting, generator):
-    module = random_module(setting, SHAPE, torch.float32, "cpu", generator)
-    x = torch.randn(20, SHAPE[1], generator=generator)
+def test_products_are_those_of_the_packed_weight(setting, generator, device):
+    module = random_module(setting, SHAPE, torch.float32, device, generator)
+    x = torch.randn(20, SHAPE[1], generator=generator).to(device)
     with Unpacked(module, torch.float32).looking(), torch.no_grad():
         assert module.stand_in is not None
         found = module(x)
