@@ -7,6 +7,7 @@ import torch
 
 from tests.pipeline.test_finetune import Stop, changed_names, checkpoints, originals, wishes  # noqa: F401 (fixtures)
 from vptq.checkpoint.reader import load_whole
+from vptq.errors import UsageError
 from vptq.finetune.local_model import LocalModel
 from vptq.finetune.trainable import trainables
 from vptq.pipeline.block_pass import PassSettings
@@ -82,3 +83,22 @@ def test_a_stopped_pass_goes_on(phase, count, wishes):  # noqa: F811
     again = finetune_model(wishes(), resume=stop.folder)
     assert again.held_out == whole.held_out
     assert changed_names(whole.folder / "packed_model", again.folder / "packed_model") == set()
+
+
+def test_too_little_memory_is_told_before_anything_is_written(wishes, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setattr("vptq.pipeline.prediction_pass.free_memory", lambda _device: 400_000)
+    with pytest.raises(UsageError, match=r"too little memory(.|\n)*for 640 tokens(.|\n)*--passes outputs"):
+        finetune_model(wishes(mode="block"))
+    assert not list(tmp_path.glob("*/finetune_*"))
+    assert finetune_model(wishes(mode="block", passes=("outputs",))).held_out
+
+
+def test_states_are_kept_off_the_gpu_where_they_would_fill_it(wishes, monkeypatch):  # noqa: F811
+    asked = []
+    real = Pair.packed_runner
+    monkeypatch.setattr(Pair, "packed_runner", lambda self, spare=False: asked.append(spare) or real(self, spare))
+    finetune_model(wishes(mode="block", passes=("predictions",)))
+    rooms = iter([1 << 40, 1 << 40, 400_000, 400_000])
+    monkeypatch.setattr("vptq.pipeline.prediction_pass.free_memory", lambda _device: next(rooms))
+    finetune_model(wishes(mode="block", passes=("predictions",)))
+    assert asked == [False, True]

@@ -33,6 +33,7 @@ from vptq.models.headers import fingerprint
 from vptq.models.stream import FolderSource
 from vptq.nn.reference import dequantize_packed
 from vptq.pipeline.evaluate import load_windows, make_runner, resolve_seq_len
+from vptq.pipeline.prediction_pass import check_room
 from vptq.pipeline.progress import Progress, Silent
 from vptq.pipeline.tune_adapters import AdapterTuning, check_adapters
 from vptq.pipeline.tune_blocks import BlockTuning
@@ -141,6 +142,8 @@ class _Run:
             pair.check_kinds(self.config.mode, self.config.train or ())
         if self.config.mode == "lora":
             check_adapters(self.config, pair)
+        if self.config.mode == "block" and "predictions" in self.config.passes:
+            check_room(pair, (self.config.nsamples or 0) * (self.config.seq_len or 0))
         self.windows = self._windows(pair)
         marks = [fingerprint(FolderSource(path).entries) for path in (self.original, self.given)]
         if job is not None and job.fingerprint != " ".join(marks):

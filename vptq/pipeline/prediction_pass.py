@@ -10,9 +10,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vptq.errors import UsageError
 from vptq.finetune.local_model import LocalModel, linearise
+from vptq.models.device import free_memory
 from vptq.models.runner import BlockRunner
 from vptq.pipeline.block_pass import BlockPass, History
+from vptq.pipeline.tune_models import Pair
+
+KEPT_FRACTION = 0.5  # of free memory, for what goes into each block
+SLOPES = 8  # times what hidden states take at one depth: two slopes and what becomes of them, and outputs, in float32
+
+
+def bytes_kept(pair: Pair, num_tokens: int) -> int:
+    """What the states of all blocks take for a text of so many tokens, and the slopes of one."""
+    return (len(pair.packed.blocks) + SLOPES) * pair.states_bytes(num_tokens)
+
+
+def check_room(pair: Pair, num_tokens: int) -> None:
+    """Raise UsageError where neither the GPU nor the machine has the memory that a pass needs for a text of so many tokens."""
+    room = free_memory(torch.device("cpu"))
+    needed = bytes_kept(pair, num_tokens)
+    if needed > max(room, KEPT_FRACTION * free_memory(pair.device)):
+        raise UsageError(
+            "there is too little memory for what goes into each block",
+            where=[f"{needed / 1e9:.1f} GB for {num_tokens:,} tokens, {room / 1e9:.1f} GB are free"],
+            hint="lower --nsamples or --seq_len, or leave `predictions` out: --passes outputs",
+        )
 
 
 class PredictionPass(BlockPass):
@@ -24,7 +47,9 @@ class PredictionPass(BlockPass):
     def run(self) -> tuple[dict[str, Tensor], dict[str, History]]:
         """See `BlockPass`."""
         wanted = self._original_states()
-        ours = self.settings.pair.packed_runner()
+        pair = self.settings.pair
+        needed = bytes_kept(pair, self.settings.num_tokens)
+        ours = pair.packed_runner(spare=needed > KEPT_FRACTION * free_memory(pair.device))
         kept, last = self._forward(ours)
         slopes, start = self._slopes(ours, last, wanted)
         changed: dict[str, Tensor] = {}

@@ -96,9 +96,13 @@ class Pair:
         folded = source if fold is None else open_folder(source.folder, source.base_prefix, fold, self.device)
         return BlockRunner(self.original, folded, self.device, self.dtype)
 
-    def packed_runner(self) -> BlockRunner:
-        """The packed one, block by block; its blocks hold packed tensors."""
-        return BlockRunner(self.packed, self.packed_source, self.device, self.dtype)
+    def packed_runner(self, spare: bool = False) -> BlockRunner:
+        """The packed one, block by block; its blocks hold packed tensors. spare: hidden states stay off a GPU."""
+        return BlockRunner(self.packed, self.packed_source, self.device, self.dtype, spare)
+
+    def states_bytes(self, num_tokens: int) -> int:
+        """What hidden states of a text take at one depth."""
+        return num_tokens * self.packed.hidden_size * self.dtype.itemsize
 
     def load_packed_block(self, block: int) -> nn.Module:
         """A packed block, its floats in float32, with the codebooks that others lend it."""
