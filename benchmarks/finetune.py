@@ -3,7 +3,7 @@
 
     python -m benchmarks.finetune --original smollm2 --model_name outputs/smollm2/2bits/TIME/packed_model \\
         --common "--dataset c4.txt self --cache_dir kept --eval_dataset wikitext2.txt moby_dick.txt" --at_once 3 \\
-        --run "--mode block --row_scales" --run "--mode e2e --row_scales --steps 400" --run "--mode e2e --train head scales"
+        --run "--mode block" --run "--mode e2e --add row_scales biases --steps 400" --run "--mode e2e --train head scales"
 
 Every run is a `vptq finetune` of each checkpoint, with the words of --common and its own. *Taken* is the part of the excess of
 log-perplexity over the original that is gone. The times are of runs that share the GPU, unless --at_once is 1.

@@ -25,13 +25,13 @@ from vptq.recipe import FLOAT_BITWIDTH
 IDEAL_ITEMS = ("indices", "residual_indices", "outlier_indices", "codebooks", "residual_codebooks", "outlier_codebooks")
 EXTRA_ITEMS = ("padding", "codebook_scales", "perm", "scale_and_offset")
 ITEMS = IDEAL_ITEMS + EXTRA_ITEMS
-SCALES = ("weight_scale", "weight_bias", "row_scale")
+SCALES = ("weight_scale", "weight_bias", "row_scale", "bias")
 KIND_BITS = {"int32": 32, "int16": 16}
 
 
 @dataclass(frozen=True)
 class LinearBits:
-    """Bits of one linear, by item; bias not counted, it is not quantized."""
+    """Bits of one linear, by item; a bias that the model has of its own is not counted, it is not quantized."""
 
     name: str
     num_weights: int
@@ -173,7 +173,8 @@ def checkpoint_bits(folder: Path) -> ModelBits:
     entries = read_headers(folder)
     linears, counted = [], set()
     for name, layer in layers.items():
-        tensors = {key: entries[f"{name}.{key}"] for key in layer.tensor_shapes() if f"{name}.{key}" in entries}
+        names = [*layer.tensor_shapes(), *(["bias"] if layer.added_bias else [])]
+        tensors = {key: entries[f"{name}.{key}"] for key in names if f"{name}.{key}" in entries}
         counted |= {f"{name}.{key}" for key in tensors}
         linears.append(_checkpoint_linear(name, layer, {key: entry.num_bytes * 8 for key, entry in tensors.items()}))
     others = [entry for name, entry in entries.items() if name not in counted]

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from vptq.checks import Checker
 from vptq.config import option
 from vptq.errors import UsageError
-from vptq.recipe import DEFAULT_SEQ_LEN, OFF, BlockPassKind, FinetuneMode, TeacherKind, TrainableKind
+from vptq.recipe import DEFAULT_SEQ_LEN, OFF, AddedKind, BlockPassKind, FinetuneMode, TeacherKind, TrainableKind
 
 SELF = "self"  # a dataset: text that the original writes
 STEPS = {"block": 100, "e2e": 300, "lora": 300}
@@ -24,7 +24,7 @@ LORA_RATE = 2e-4
 AT_ONCE = 8192  # tokens that go through a block together
 ONLY_IN: dict[str, tuple[str, ...]] = {  # modes that a setting is for, where it is not for all
     "passes": ("block",),
-    "row_scales": ("block", "e2e"),
+    "add": ("block", "e2e"),
     "head_rate": ("e2e",),
     "kl_weight": ("e2e",),
     "ce_weight": ("e2e",),
@@ -60,8 +60,12 @@ class FinetuneConfig:
         "lack",
         "PASS",
     )
-    row_scales: bool = option(
-        False, "tuning", "give every output row a scale of its own first: 16 bits a row more, and more that can learn"
+    add: tuple[AddedKind, ...] | None = option(
+        None,
+        "tuning",
+        "what linears get first that changes nothing, but can learn: row_scales (16 bits a row), column_scales (32 a column), "
+        "biases (16 a row)",
+        "KIND",
     )
     dataset: tuple[str, ...] | None = option(
         None,
@@ -140,16 +144,15 @@ class FinetuneConfig:
         check = Checker(found)
         check(self.mode in get_args(FinetuneMode), f"mode is {self.mode!r}, must be block, e2e or lora")
         check(self.teacher in get_args(TeacherKind), f"teacher is {self.teacher!r}, must be cached or live")
-        known = get_args(TrainableKind)
-        for kind in self.train or ():
-            check(kind in known, f"train names {kind!r}, must be of {', '.join(known)}")
+        for name, known in (("train", TrainableKind), ("passes", BlockPassKind), ("add", AddedKind)):
+            chosen: tuple[str, ...] | None = getattr(self, name)
+            check(chosen != (), f"{name} names nothing")
+            for value in chosen or ():
+                check(value in get_args(known), f"{name} names {value!r}, must be of {', '.join(get_args(known))}")
         check(self.mode != "block" or "head" not in (self.train or ()), "train head goes with mode e2e")
         check(self.mode != "lora" or not self.train, "mode lora trains adapters: leave out train")
-        check(self.train != (), "train names nothing")
-        passes = get_args(BlockPassKind)
-        for given in self.passes:
-            check(given in passes, f"passes names {given!r}, must be of {', '.join(passes)}")
-        check(len(self.passes) > 0, "passes names nothing")
+        unsaved = self.save_model and "biases" in (self.add or ())
+        check(not unsaved, "a dequantized model has no place for added biases: leave out save_model, or biases")
         for name, modes in ONLY_IN.items():
             default = next(f.default for f in dataclasses.fields(self) if f.name == name)
             check(self.mode in modes or getattr(self, name) == default, f"{name} goes with mode {' or '.join(modes)}")

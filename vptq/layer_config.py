@@ -42,6 +42,7 @@ class LayerConfig:
         trellis_bits, ring_len: bits stored a vector and vectors a ring of the trellis; 0 without one.
         codebook_of: the linear whose codebook this one shares; empty where it stores its own.
         weight_of: the embedding that is this head as well; empty where the head stores a weight of its own.
+        added_bias: the bias was added by fine-tuning; the model's own linear has none.
     """
 
     in_features: int
@@ -67,6 +68,7 @@ class LayerConfig:
     ring_len: int = 0
     codebook_of: str = ""
     weight_of: str = ""
+    added_bias: bool = False
 
     @classmethod
     def of(cls, config: LinearConfig, geometry: Geometry, bias: bool, codebook_of: str = "") -> LayerConfig:
@@ -200,6 +202,8 @@ class LayerConfig:
             faults.append(f"num_scales={self.num_scales} fits neither rows nor groups of rows")
         if bool(self.trellis_bits) != bool(self.ring_len) or not 0 <= self.trellis_bits <= self.main_bits:
             faults.append(f"trellis_bits={self.trellis_bits} and ring_len={self.ring_len} do not fit {self.main_bits} bits")
+        if self.added_bias and not self.bias:
+            faults.append("added_bias is set, bias is not")
         if self.ring_len < 0 or self.ring_len % RING_UNIT:
             faults.append(f"ring_len={self.ring_len} is no multiple of {RING_UNIT}")
         if faults:

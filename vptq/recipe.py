@@ -15,6 +15,7 @@ HessianKind = Literal["input", "fisher"]
 ExecutorKind = Literal["local", "ray"]
 FinetuneMode = Literal["block", "e2e", "lora"]
 AfterKind = Literal["block", "e2e"]  # of fine-tuning, right after a model is quantized
+AddedKind = Literal["row_scales", "column_scales", "biases"]  # tensors that linears get to learn with
 BlockPassKind = Literal["outputs", "predictions"]
 TeacherKind = Literal["cached", "live"]
 TrainableKind = Literal["codebooks", "scales", "offsets", "norms", "head"]

@@ -101,7 +101,7 @@ INSIDE = {  # order of files within a room, from the street up
         "distill",
         "blockwise",
         "local_model",
-        "row_scales",
+        "additions",
         "sample",
         "curves",
         "peft_bridge",

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 
 from tests.conftest import make_tiny_llama
 from tests.pipeline.test_run import config_of
+from vptq.bits import checkpoint_bits
 from vptq.checkpoint.reader import load_quantized, load_whole
 from vptq.errors import RunError, UsageError
 from vptq.evaluation.divergence import compare, last_states
+from vptq.finetune.additions import with_additions
 from vptq.finetune_config import FinetuneConfig
 from vptq.models.architecture import load_skeleton
 from vptq.pipeline.evaluate import make_runner
@@ -201,7 +203,7 @@ def test_predictions_from_files_alone_have_the_form_of_the_models_own(originals,
 
 
 def test_row_scales_leave_the_weights_and_can_learn(wishes, checkpoints):
-    result = finetune_model(wishes("trellis", mode="e2e", train=("scales",), row_scales=True, save_model=True))
+    result = finetune_model(wishes("trellis", mode="e2e", train=("scales",), add=("row_scales",), save_model=True))
     packed = result.folder / "packed_model"
     before, after = tensors_of(checkpoints["trellis"]), tensors_of(packed)
     name = "model.layers.0.self_attn.q_proj.row_scale"
@@ -210,6 +212,57 @@ def test_row_scales_leave_the_weights_and_can_learn(wishes, checkpoints):
     reload_alike(packed)
     own, plain = logits(load_quantized(packed, dtype=torch.float32)), logits(load_whole(str(result.folder / "model"), "cpu"))
     torch.testing.assert_close(own, plain, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["plain", "trellis", "folded"])
+def test_additions_change_nothing_learn_and_are_seen_by_all(kind, wishes, checkpoints, text_file):
+    """A bias that the model's own linears lack is easily lost where weights are dequantized."""
+    result = finetune_model(wishes(kind, mode="e2e", add=("row_scales", "column_scales", "biases"), learning_rate=0.02))
+    packed = result.folder / "packed_model"
+    old, new = tensors_of(checkpoints[kind]), tensors_of(packed)
+    name = "model.layers.1.mlp.up_proj"
+    for added, size in (("row_scale", 48), ("weight_scale", 32), ("weight_bias", 32), ("bias", 48)):
+        assert new[f"{name}.{added}"].shape == (size,) and len(set(new[f"{name}.{added}"].tolist())) > 2, added
+    assert all(new[key].equal(tensor) for key, tensor in old.items() if key.endswith(INDICES))
+    reload_alike(packed)
+    assert result.held_out[1] < 0.98 * result.held_out[0]
+    model = load_quantized(packed, dtype=torch.float32)
+    skeleton = load_skeleton(packed, False, torch.float32)
+    runner = make_runner(skeleton, torch.device("cpu"))
+    tokens = torch.arange(40)[None] % 30
+    streamed = runner.logits(last_states(runner, tokens), tokens)
+    torch.testing.assert_close(streamed, logits(model), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        for module in model.modules():
+            if getattr(module, "bias", None) is not None:
+                module.bias.zero_()
+    assert not torch.allclose(streamed, logits(model), rtol=1e-3, atol=1e-3), "biases say something"
+    more = 48 + 48 if kind == "plain" else 47 + 48 + 2 * 32  # the plain one has scales of columns
+    bits = [
+        next(linear.stored for linear in checkpoint_bits(folder).linears if linear.name == name)
+        for folder in (checkpoints[kind], packed)
+    ]
+    assert bits[1] - bits[0] == 16 * more
+
+
+def test_additions_begin_as_nothing(originals, checkpoints, tmp_path):
+    from vptq.checkpoint.reader import open_packed
+    from vptq.checkpoint.writer import write_changed
+
+    for kind in checkpoints:
+        skeleton, source, layers = open_packed(checkpoints[kind])
+        everything = ("row_scales", "column_scales", "biases")
+        more, tensors = with_additions(source, layers, skeleton.dtype, everything, skeleton.blocks_name)
+        write_changed(tmp_path / kind, source, [n for n, _ in skeleton.model.named_parameters()], more, tensors)
+        found = [logits(load_quantized(folder, dtype=torch.float32)) for folder in (checkpoints[kind], tmp_path / kind)]
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+        assert with_additions(source, more, skeleton.dtype, everything, skeleton.blocks_name)[1] == {}, "once"
+
+
+def test_a_checkpoint_with_added_biases_is_not_dequantized(wishes):
+    with_biases = finetune_model(wishes("trellis", mode="e2e", add=("biases",), steps=2)).folder / "packed_model"
+    with pytest.raises(UsageError, match="no place for added biases"):
+        finetune_model(wishes("trellis", mode="e2e", model_name=str(with_biases), save_model=True))
 
 
 def test_no_learning_changes_nothing(wishes, checkpoints):
@@ -341,7 +394,9 @@ def test_what_a_short_text_lacks_the_others_give(wishes, originals, text_file, t
         ({"train": ("codebooks", "biases")}, "biases"),
         ({"train": ("head",)}, "goes with mode e2e"),
         ({"mode": "all"}, "mode is 'all'"),
-        ({"mode": "lora", "row_scales": True}, "row_scales goes with"),
+        ({"mode": "lora", "add": ("biases",)}, "add goes with"),
+        ({"add": ("scales",)}, "add names 'scales', must be of row_scales, column_scales, biases"),
+        ({"add": ("biases",), "save_model": True}, "no place for added biases"),
         ({"mode": "block", "ce_weight": 0.5}, "ce_weight goes with mode e2e"),
         ({"mode": "e2e", "lora_rank": 3}, "lora_rank goes with mode lora"),
         ({"mode": "block", "train": ("offsets",), "kind": "trellis"}, "nothing of this model is of a kind"),

@@ -20,6 +20,8 @@ from vptq.nn.vquant_linear import VQuantLinear
 from vptq.recipe import TrainableKind
 
 SMALLEST_UNIT = 2.0**-14
+WEIGHT_SIZES = ("weight_scale", "row_scale", "centroids.weight")  # whose product a weight's size is, about
+BIAS_PART = 8  # of an output's size, if inputs are about one: what a bias that is nought begins with
 SUFFIXES: dict[str, TrainableKind] = {
     "weight_scale": "scales",
     "row_scale": "scales",
@@ -147,11 +149,14 @@ def _head_parameters(head: nn.Module | None) -> set[int]:
 
 
 def _unit_of(module: nn.Module, name: str, parameter: Tensor) -> float:
-    """The size of a tensor's numbers, as a power of two; of an offset, which may be nought, that of the weights."""
+    """The size of a tensor's numbers, as a power of two; of an offset or bias, which may be nought, by that of the weights."""
     size = _rms(parameter)
     if isinstance(module, VQuantLinear) and name == "weight_bias":
         books = [_rms(tensor) for key, tensor in module.named_parameters() if key == "centroids.weight"]
         size = _rms(module.get_parameter("weight_scale")) * (books[0] if books else 1.0)
+    elif isinstance(module, VQuantLinear) and name == "bias":
+        weight = math.prod(_rms(own) for key, own in module.named_parameters() if key in WEIGHT_SIZES)
+        size = max(size, weight * math.sqrt(module.in_features) / BIAS_PART)
     return max(2.0 ** round(math.log2(max(size, 1e-30))), SMALLEST_UNIT)
 
 

@@ -131,9 +131,23 @@ def load_skeleton(folder: Path, trust_remote_code: bool = False, dtype: torch.dt
             hint="check config.json; a model with code of its own needs --trust_remote_code",
         ) from error
     model.eval()
+    _add_biases(model, folder)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return Skeleton(folder, model, _find_blocks(model, folder), stored)
+
+
+def _add_biases(model: Any, folder: Path) -> None:
+    """Linears that a packed checkpoint gives a bias, where the model's own have none."""
+    layers = (read_config(folder).get("quantization_config") or {}).get("config_for_layers") or {}
+    for name in [name for name, entry in layers.items() if entry.get("added_bias")]:
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            continue  # said where its linears are put in
+        if isinstance(linear, nn.Linear) and linear.bias is None:
+            rows = linear.weight.new_empty(linear.out_features, device="meta")
+            linear.register_parameter("bias", nn.Parameter(rows, requires_grad=False))
 
 
 def _find_blocks(model: nn.Module, folder: Path) -> str:

@@ -22,8 +22,8 @@ from vptq.checkpoint.writer import is_whole, write_changed, write_unpacked
 from vptq.data import check_dataset
 from vptq.errors import RunError, UsageError, is_out_of_memory
 from vptq.evaluation.perplexity import Perplexity, progress_steps, streamed_perplexity
+from vptq.finetune.additions import with_additions
 from vptq.finetune.curves import save_curves
-from vptq.finetune.row_scales import with_row_scales
 from vptq.finetune_config import FinetuneConfig
 from vptq.layer_config import LayerConfig
 from vptq.models.architecture import DEMO, load_skeleton, resolve_folder
@@ -140,6 +140,8 @@ class _Run:
         datasets_of(self.config)
         if self.config.mode != "lora":
             pair.check_kinds(self.config.mode, self.config.train or ())
+        if self.config.save_model and any(layer.added_bias for layer in pair.layers.values()):
+            raise UsageError("a dequantized model has no place for added biases", hint="leave out --save_model")
         if self.config.mode == "lora":
             check_adapters(self.config, pair)
         if self.config.mode == "block" and "predictions" in self.config.passes:
@@ -248,14 +250,14 @@ class _Run:
         )
 
     def _start(self) -> Path:
-        """The checkpoint to start from: the given one, or with a scale for every row."""
-        if not self.config.row_scales:
+        """The checkpoint to start from: the given one, or with tensors more."""
+        if not self.config.add:
             return self.given
         folder = self.job.work / "start"
         if self.team.rank == 0 and not is_whole(folder):
             skeleton, source, layers = open_packed(self.given, forced_dtype(self.device), self.config.trust_remote_code)
-            widened, scales = with_row_scales(source, layers, skeleton.dtype)
-            write_changed(folder, source, _parameters(skeleton), widened, scales)
+            more, tensors = with_additions(source, layers, skeleton.dtype, self.config.add, skeleton.blocks_name)
+            write_changed(folder, source, _parameters(skeleton), more, tensors)
         self.team.wait()
         return folder
 
