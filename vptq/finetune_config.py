@@ -22,6 +22,11 @@ TRAINED: dict[str, tuple[TrainableKind, ...]] = {
 RATES = ((1e9, 2e-3), (7e9, 5e-4), (2e10, 1e-4), (float("inf"), 5e-5))  # up to so many parameters, the rate
 LORA_RATE = 2e-4
 AT_ONCE = 8192  # tokens that go through a block together
+LEARNS_AS: dict[str, tuple[TrainableKind, ...]] = {
+    "row_scales": ("scales",),
+    "column_scales": ("scales", "offsets"),
+    "biases": ("offsets",),
+}
 ONLY_IN: dict[str, tuple[str, ...]] = {  # modes that a setting is for, where it is not for all
     "passes": ("block",),
     "add": ("block", "e2e"),
@@ -151,6 +156,10 @@ class FinetuneConfig:
                 check(value in get_args(known), f"{name} names {value!r}, must be of {', '.join(get_args(known))}")
         check(self.mode != "block" or "head" not in (self.train or ()), "train head goes with mode e2e")
         check(self.mode != "lora" or not self.train, "mode lora trains adapters: leave out train")
+        chosen_kinds = self.train or TRAINED.get(self.mode, ())
+        for given in self.add or ():
+            needed = LEARNS_AS.get(given, ())
+            check(set(needed) <= set(chosen_kinds), f"add {given} goes with train {' '.join(needed)}, or it learns nothing")
         unsaved = self.save_model and "biases" in (self.add or ())
         check(not unsaved, "a dequantized model has no place for added biases: leave out save_model, or biases")
         for name, modes in ONLY_IN.items():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.nn.test_vquant_linear import module_of, packed
-from vptq.finetune.blockwise import BlockBatches
+from vptq.finetune.blockwise import BlockBatches, OutputMatching
 from vptq.finetune.local_model import LocalModel, linearise, sizes_of
 from vptq.finetune.unpacked import Unpacked
 
@@ -28,7 +28,7 @@ def linear(generator):
 
 
 def batches_of(linear, inputs, **changes):
-    settings = {"batches_a_step": 2, "num_held_out": 1, "seed": 0, "compute": torch.float32}
+    settings = {"batch": 4, "num_held_out": 1, "seed": 0, "compute": torch.float32}
     tokens = [torch.zeros(x.shape[:2], dtype=torch.int64) for x in inputs]
     return BlockBatches(OneBlock(linear), 0, inputs, tokens, **settings | changes)
 
@@ -59,28 +59,43 @@ def test_loss_is_what_it_says(linear, generator):
     inputs, slopes = problem_of(linear, generator)
     batches = batches_of(linear, inputs)
     outputs, _, metric = linearise(batches, slopes)
-    loss = LocalModel(batches, outputs, [pair[0] for pair in slopes], metric, [1.0, 2.0, 3.0, 4.0])
-    assert loss.of_batch(1).item() == pytest.approx(2.0) and loss.held_out() == pytest.approx(4.0)
+    loss = LocalModel(batches, outputs, [pair[0] for pair in slopes], metric, [1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 3.5, 4.5])
+    assert loss.of_sequences([2, 3]).item() == pytest.approx(2.0) and loss.held_out() == pytest.approx(4.0)
     with torch.no_grad():
         linear.weight_scale.mul_(1.1)
-        change = batches.output(1) - outputs[1]
+        change = batches.output(inputs[1], batches.tokens[1]) - outputs[1]
     relative = change / outputs[1].norm(dim=-1, keepdim=True)
     right = 2.0 + sum(
         (g @ d + 0.5 * r @ metric @ r) / 10
         for g, d, r in zip(slopes[1][0].flatten(0, 1), change.flatten(0, 1), relative.flatten(0, 1), strict=True)
     )
-    assert loss.of_batch(1).item() == pytest.approx(right.item(), rel=1e-4)
+    assert loss.of_sequences([2, 3]).item() == pytest.approx(right.item(), rel=1e-4)
 
 
 def test_a_token_without_size_is_no_division_by_nought():
     assert torch.isfinite(1 / sizes_of(torch.zeros(2, 3, 4))).all()
 
 
-def test_steps_take_the_batches_that_are_trained_on(linear, generator):
-    inputs, slopes = problem_of(linear, generator)
-    batches = batches_of(linear, inputs)
-    outputs, _, metric = linearise(batches, slopes)
-    loss = LocalModel(batches, outputs, [pair[0] for pair in slopes], metric, [1.0, 10.0, 100.0, 1000.0])
+def sequences_of(loss, monkeypatch, steps):
+    """The sequences of each step."""
+    seen = []
+    monkeypatch.setattr(loss, "_over", lambda numbers, _use: seen.append(numbers) or 0.0)
+    for step in range(steps):
+        loss.train(step)
+    return seen
+
+
+def test_steps_draw_sequences_whatever_goes_at_once(linear, generator, monkeypatch):
+    x = torch.randn(8, 5, 48, generator=generator)
+    found = []
     linear.weight_scale.requires_grad_()
-    assert {round(loss.train(step), 3) for step in range(30)} == {5.5, 50.5, 55.0}, "two of the first three, never the last"
-    assert linear.weight_scale.grad is not None
+    for size in (1, 2, 3, 6):
+        parts = [*x[:6].split(size), *x[6:].split(size)]
+        loss = OutputMatching(batches_of(linear, parts, batch=4, num_held_out=len(x[6:].split(size))), parts)
+        seen = sequences_of(loss, monkeypatch, 20)
+        assert all(len(set(step)) == 4 and max(step) < 6 for step in seen) and len({tuple(sorted(s)) for s in seen}) > 5
+        monkeypatch.undo()
+        torch.testing.assert_close(loss.batches.rows(parts, [5, 0, 6, 7]), x[[5, 0, 6, 7]])
+        found.append((seen, loss.train(3), loss.held_out()))
+    for seen, trained, held_out in found[1:]:
+        assert seen == found[0][0] and (trained, held_out) == pytest.approx(found[0][1:])

@@ -1,6 +1,8 @@
 """Unpacked weights in place of packed ones: the same products and the same gradients."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -132,3 +134,17 @@ def test_memory_decides(generator, monkeypatch):
     for room, expected in ((30 * 48 * 6 / 0.4 + 1, True), (30 * 48 * 6 / 0.4 - 1, False)):
         monkeypatch.setattr(unpacking, "free_memory", lambda device, room=room: room)
         assert fits(module, torch.bfloat16, torch.device("cpu")) is expected
+
+
+def test_nothing_keeps_the_weights_after_a_training(generator):
+    """torch keeps hooks of tensors, and all that they belong to, for ever."""
+    _, layer, tensors = packed("residual", generator, dtype=torch.float32)
+    module = learning(module_of(layer, tensors, dtype=torch.float32))
+    unpacked = Unpacked(module, torch.float32)
+    with unpacked.learning():
+        module(torch.ones(2, 48)).sum().backward()
+    weight = weakref.ref(unpacked._stands[0]._weight)
+    assert weight() is not None
+    del unpacked
+    gc.collect()
+    assert weight() is None

@@ -33,8 +33,8 @@ def test_slopes_of_the_blocks_are_those_of_the_whole_model(kind, unpack, wishes,
         loss = make_loss()
         assert isinstance(loss, LocalModel)
         with loss.batches.learning():
-            for number in range(3):
-                (loss.of_batch(number) / 3).backward()
+            for number in range(6):
+                (loss.of_sequences([number]) / 6).backward()
         found.update({item.name: item.parameter.grad for item in items})
         return {}, []
 
@@ -85,8 +85,50 @@ def test_a_stopped_pass_goes_on(phase, count, wishes):  # noqa: F811
     assert changed_names(whole.folder / "packed_model", again.folder / "packed_model") == set()
 
 
+def test_damping_makes_second_order_cost_more(wishes, originals, checkpoints, tmp_path, monkeypatch):  # noqa: F811
+    config = wishes(mode="block").resolved(1000, 128)
+    pair = Pair.open(originals["plain"], checkpoints["plain"], torch.device("cpu"), False, False)
+    batches = list(torch.randint(30, (6, 16), generator=torch.Generator().manual_seed(0)).split(2))
+    job = TuneJob.create(config, "", {}, tmp_path / "run")
+    metrics = []
+    monkeypatch.setattr(PredictionPass, "train", lambda _self, _block, _items, make: metrics.append(make().metric) or ({}, []))
+    settings = PassSettings(pair, config, batches, 1, job, lambda *_: None, lambda _: None)
+    for damping in (1.0, 3.0):
+        PredictionPass(settings, "1 predictions", {}, damping).run()
+    torch.testing.assert_close(metrics[2], 3 * metrics[0])
+
+
+def test_damping_follows_how_well_a_pass_did(wishes, monkeypatch):  # noqa: F811
+    from vptq.pipeline import tune_blocks
+
+    asked = []
+    real = PredictionPass.__init__
+    monkeypatch.setattr(PredictionPass, "__init__", lambda self, *args: asked.append(args[-1]) or real(self, *args))
+    found = lambda pair, changed, rest, told, before, parts: (dict(before), dict.fromkeys(parts, 1.0) | {0.25: 0.5})  # noqa: E731
+    monkeypatch.setattr(tune_blocks, "best_part", found)
+    finetune_model(wishes(mode="block", passes=("predictions", "predictions")))
+    assert asked == pytest.approx([1.1, 3.3])
+
+
+def test_a_way_that_leads_too_far_is_not_taken(wishes, monkeypatch):  # noqa: F811
+    from vptq.errors import NumericalError
+    from vptq.pipeline import tune_check
+
+    real, calls = tune_check.compare, []
+
+    def overflow(*args):
+        calls.append(1)
+        if len(calls) % 3 == 0:
+            raise NumericalError("logits are not finite")
+        return real(*args)
+
+    monkeypatch.setattr(tune_check, "compare", overflow)
+    result = finetune_model(wishes(mode="block", passes=("outputs",)))
+    assert len(calls) == 3 and result.held_out[1] <= result.held_out[0]
+
+
 def test_too_little_memory_is_told_before_anything_is_written(wishes, monkeypatch, tmp_path):  # noqa: F811
-    monkeypatch.setattr("vptq.pipeline.prediction_pass.free_memory", lambda _device: 400_000)
+    monkeypatch.setattr("vptq.pipeline.prediction_pass.free_memory", lambda _device: 300_000)
     with pytest.raises(UsageError, match=r"too little memory(.|\n)*for 640 tokens(.|\n)*--passes outputs"):
         finetune_model(wishes(mode="block"))
     assert not list(tmp_path.glob("*/finetune_*"))
@@ -98,7 +140,7 @@ def test_states_are_kept_off_the_gpu_where_they_would_fill_it(wishes, monkeypatc
     real = Pair.packed_runner
     monkeypatch.setattr(Pair, "packed_runner", lambda self, spare=False: asked.append(spare) or real(self, spare))
     finetune_model(wishes(mode="block", passes=("predictions",)))
-    rooms = iter([1 << 40, 1 << 40, 400_000, 400_000])
+    rooms = iter([1 << 40, 1 << 40, 300_000])
     monkeypatch.setattr("vptq.pipeline.prediction_pass.free_memory", lambda _device: next(rooms))
     finetune_model(wishes(mode="block", passes=("predictions",)))
     assert asked == [False, True]

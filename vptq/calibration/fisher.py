@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vptq.errors import NumericalError
+from vptq.models.device import free_memory
 from vptq.models.runner import BlockRunner
 
 KEPT_FRACTION = 0.3  # of free GPU memory, for what went into each block
@@ -66,7 +67,7 @@ def batches_at_once(runner: BlockRunner, batches: list[Tensor]) -> int:
     each = max(tokens.numel() for tokens in batches) * size * (len(runner.skeleton.blocks) + 2)
     room = KEPT_BYTES
     if runner.device.type == "cuda":
-        room = int(torch.cuda.mem_get_info(runner.device)[0] * KEPT_FRACTION)
+        room = int(free_memory(runner.device) * KEPT_FRACTION)
     return max(1, room // each)
 
 

@@ -18,8 +18,9 @@ class BlockBatches:
     """What one block is given, and how it is gone through.
 
     Attributes:
-        runner: has the packed block loaded. block: its number. inputs: (sequences, seq_len, hidden_size) each. tokens: what
-            they come from. batches_a_step: batches that make one step. num_held_out: of the batches, the last.
+        runner: has the packed block loaded. block: its number. inputs: (sequences, seq_len, hidden_size) each, all of one size
+            but the last that is trained on and the last of all. tokens: what they come from. batch: sequences a step.
+            num_held_out: of the batches, the last.
         compute: float type of the products. unpacked: the block's packed linears, where they are to stand unpacked in memory.
     """
 
@@ -27,21 +28,36 @@ class BlockBatches:
     block: int
     inputs: list[Tensor]
     tokens: list[Tensor]
-    batches_a_step: int
+    batch: int
     num_held_out: int
     seed: int
     compute: torch.dtype
     unpacked: Unpacked | None = None
 
-    def output(self, number: int) -> Tensor:
-        """Of a batch: (sequences, seq_len, hidden_size) float32, with gradients."""
-        return self.output_of(self.inputs[number].to(self.runner.device), number)
+    @property
+    def num_train(self) -> int:
+        """Sequences that are trained on; they come first."""
+        return sum(map(len, self.inputs[: len(self.inputs) - self.num_held_out]))
 
-    def output_of(self, hidden: Tensor, number: int) -> Tensor:
-        """The same for other inputs, of that batch's shape."""
+    @property
+    def num_sequences(self) -> int:
+        return sum(map(len, self.inputs))
+
+    def rows(self, tensors: list[Tensor], sequences: list[int]) -> Tensor:
+        """What belongs to some sequences, of tensors that go with the inputs, on the device."""
+        num_train, found = self.num_train, []
+        for number in sequences:
+            held_out = number >= num_train
+            first, place = (len(tensors) - self.num_held_out, number - num_train) if held_out else (0, number)
+            size = len(tensors[first])
+            found.append(tensors[first + place // size][place % size])
+        return torch.stack(found).to(self.runner.device)
+
+    def output(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """The block's output, (sequences, seq_len, hidden_size) float32, with gradients. The residual stream is float32."""
         device = self.runner.device
         with torch.autocast(device.type, self.compute, enabled=self.compute != torch.float32):
-            return self.runner.forward_block(self.block, hidden, self.tokens[number]).float()
+            return self.runner.forward_block(self.block, hidden.to(device).float(), tokens).float()
 
     def looking(self) -> contextlib.AbstractContextManager[None]:
         """While the block runs, but its tensors don't learn."""
@@ -53,34 +69,38 @@ class BlockBatches:
 
 
 class BlockLoss:
-    """Gradients and held-out loss of one block: the mean over sequences of what `of_batch` gives."""
+    """Gradients and held-out loss of one block: the mean over sequences of what `of_sequences` gives."""
 
     def __init__(self, batches: BlockBatches) -> None:
         self.batches = batches
-        self.num_train = len(batches.inputs) - batches.num_held_out
+        self.at_once = len(batches.inputs[0])
 
-    def of_batch(self, number: int) -> Tensor:
-        """The loss of one batch, a mean over its tokens."""
+    def of_sequences(self, numbers: list[int]) -> Tensor:
+        """The loss of some sequences, a mean over their tokens."""
         raise NotImplementedError
 
     def train(self, step: int) -> float:
         """Gradients of a step; the loss."""
         generator = torch.Generator().manual_seed(self.batches.seed * 1_000_003 + step)
-        chosen = torch.randperm(self.num_train, generator=generator)[: self.batches.batches_a_step].tolist()
+        chosen = torch.randperm(self.batches.num_train, generator=generator)[: self.batches.batch].tolist()
         with self.batches.learning():
             return self._over(chosen, lambda loss: loss.backward())
 
     @torch.no_grad()
     def held_out(self) -> float:
-        """The loss on the batches that are not trained on."""
+        """The loss on the sequences that are not trained on."""
         with self.batches.looking():
-            return self._over(list(range(self.num_train, len(self.batches.inputs))), None)
+            return self._over(list(range(self.batches.num_train, self.batches.num_sequences)), None)
+
+    def output(self, numbers: list[int]) -> Tensor:
+        """The block's output for some sequences, with gradients."""
+        return self.batches.output(*(self.batches.rows(t, numbers) for t in (self.batches.inputs, self.batches.tokens)))
 
     def _over(self, numbers: list[int], use: Callable[[Tensor], None] | None) -> float:
         total = torch.zeros((), device=self.batches.runner.device)
-        sequences = sum(len(self.batches.inputs[number]) for number in numbers)
-        for number in numbers:
-            loss = self.of_batch(number) * (len(self.batches.inputs[number]) / sequences)
+        for start in range(0, len(numbers), self.at_once):
+            part = numbers[start : start + self.at_once]
+            loss = self.of_sequences(part) * (len(part) / len(numbers))
             if use:
                 use(loss)
             total += loss.detach()
@@ -101,8 +121,8 @@ class OutputMatching(BlockLoss):
         super().__init__(batches)
         self.targets = targets
 
-    def of_batch(self, number: int) -> Tensor:
+    def of_sequences(self, numbers: list[int]) -> Tensor:
         """See the class."""
-        found, wanted = self.batches.output(number), self.targets[number].to(self.batches.runner.device).float()
+        found, wanted = self.output(numbers), self.batches.rows(self.targets, numbers).float()
         errors, sizes = (found - wanted).square().sum(-1), wanted.square().sum(-1)
         return (errors / sizes.clamp_min(1e-20)).mean()

@@ -66,8 +66,10 @@ def _draw_many(both: Any, curves: Mapping[str, History], label: str) -> None:
             [e["step"] for e in looks], [e["held_out"] / firsts[-1] for e in looks], color=(shade, 0.3, 1 - shade), linewidth=1
         )
     places = range(len(firsts))
-    both[0].semilogy(places, firsts, "o-", color="0.6", label="before")
-    both[0].semilogy(places, lasts, "o-", color="tab:blue", label="after")
+    both[0].plot(places, firsts, "o-", color="0.6", label="before")
+    both[0].plot(places, lasts, "o-", color="tab:blue", label="after")
+    if min(*firsts, *lasts) > 0:
+        both[0].set_yscale("log")
     both[0].set(xlabel="block", ylabel=f"held out: {label}")
     both[0].legend()
     both[1].set(xlabel="step", ylabel="held out, of that before\n(first block blue, last red)")

@@ -32,10 +32,13 @@ def distillation_loss(student: Tensor, teacher: Tensor | None, tokens: Tensor, w
     """
     vocab = student.shape[-1]
     step = max(1, CHUNK_LOGITS // vocab)
-    rows = student[:, :-1].reshape(-1, vocab).split(step)  # one view's gradient, not one as large as all for every part
-    given = [None] * len(rows) if teacher is None else teacher[:, :-1].reshape(-1, vocab).split(step)
-    targets = tokens[:, 1:].reshape(-1).split(step)
-    parts = [checkpoint(_summed_loss, *part, weights, use_reentrant=False) for part in zip(rows, given, targets, strict=True)]
+    parts = []
+    teachers = [None] * len(tokens) if teacher is None else teacher.unbind(0)
+    for own, given, text in zip(student.unbind(0), teachers, tokens, strict=True):  # views: logits are not copied
+        rows, targets = own[:-1].split(step), text[1:].split(step)
+        theirs = [None] * len(rows) if given is None else given[:-1].split(step)
+        for part in zip(rows, theirs, targets, strict=True):
+            parts.append(checkpoint(_summed_loss, *part, weights, use_reentrant=False))
     return torch.stack(parts).sum() / tokens[:, 1:].numel()
 
 

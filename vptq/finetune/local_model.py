@@ -21,7 +21,7 @@ class LocalModel(BlockLoss):
     Args:
         before: the outputs before, y, for each batch of inputs, float32. slopes: g, of the same shapes.
         metric: F, (hidden_size, hidden_size), or a multiple of it, where other blocks change at the same time: their outputs'
-            changes add up. start: KL₀ of each batch.
+            changes add up. start: KL₀ of each sequence.
     """
 
     def __init__(
@@ -30,14 +30,13 @@ class LocalModel(BlockLoss):
         super().__init__(batches)
         self.before, self.slopes, self.metric, self.start = before, slopes, metric, start
 
-    def of_batch(self, number: int) -> Tensor:
+    def of_sequences(self, numbers: list[int]) -> Tensor:
         """See the class."""
-        device = self.batches.runner.device
-        before, slopes = self.before[number].to(device), self.slopes[number].to(device)
-        change = self.batches.output(number) - before
+        before, slopes = self.batches.rows(self.before, numbers), self.batches.rows(self.slopes, numbers)
+        change = self.output(numbers) - before
         relative = change / sizes_of(before)
         first, second = (slopes * change).sum(-1), ((relative @ self.metric) * relative).sum(-1)
-        return self.start[number] + (first + 0.5 * second).mean()
+        return sum(self.start[number] for number in numbers) / len(numbers) + (first + 0.5 * second).mean()
 
 
 def sizes_of(outputs: Tensor) -> Tensor:
@@ -59,7 +58,7 @@ def linearise(batches: BlockBatches, slopes: list[list[Tensor]]) -> tuple[list[T
         for number, (of_divergence, of_label) in enumerate(slopes):
             device = batches.runner.device
             state = batches.inputs[number].to(device).float().requires_grad_()
-            output = batches.output_of(state, number)
+            output = batches.output(state, batches.tokens[number])
             first, second = of_divergence.to(device), of_label.to(device)
             own = torch.autograd.grad(output, state, first, retain_graph=True)[0], torch.autograd.grad(output, state, second)[0]
             handed.append([gradient.to(of_divergence.device) for gradient in own])

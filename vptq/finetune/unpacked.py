@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vptq.models.device import free_memory
 from vptq.nn.vquant_linear import VQuantLinear
@@ -64,6 +65,7 @@ class _StandIn:
         self.learns = linear.learns()
         self._weight: Tensor | None = None
         self._sum: Tensor | None = None
+        self._hook: RemovableHandle | None = None  # for a step only: what torch keeps would keep this object for ever
 
     def unpack(self, learn: bool) -> None:
         """Put the weight as it is now into the linear."""
@@ -72,11 +74,11 @@ class _StandIn:
                 made = self.linear.unpacked_weight().to(self.dtype)
             if self._weight is None:
                 self._weight = made
-                if self.learns:
-                    made.requires_grad_().register_post_accumulate_grad_hook(self._add)
             else:
                 self._weight.data.copy_(made)
         self._weight.requires_grad_(learn and self.learns)
+        if self._weight.requires_grad:
+            self._hook = self._weight.register_post_accumulate_grad_hook(self._add)
         self.linear.stand_in = self._weight
 
     def _add(self, weight: Tensor) -> None:
@@ -100,6 +102,9 @@ class _StandIn:
         """Let the linear multiply packed again."""
         self.linear.stand_in = None
         self._sum = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
 
 def unpackable(model: nn.Module) -> list[VQuantLinear]:

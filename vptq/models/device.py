@@ -38,8 +38,9 @@ def forced_dtype(device: torch.device) -> torch.dtype | None:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can be had: of a GPU, or of the machine (all there are, where the system tells no more)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what torch holds without use is free as well
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     told = Path("/proc/meminfo")
     if told.exists():
         found = dict(line.split(":", 1) for line in told.read_text(encoding="ascii").splitlines() if ":" in line)

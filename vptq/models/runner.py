@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vptq.models.architecture import Skeleton, tied_names
+from vptq.models.device import free_memory
 from vptq.models.prefetch import PrefetchingFolder
 from vptq.models.staging import Stage, to_main_memory
 from vptq.models.stream import TensorSource, load_module, unload_module
@@ -142,6 +143,9 @@ class BlockRunner:
 
     def forward_block(self, block: int, hidden: Tensor, tokens: Tensor) -> Tensor:
         """The output of a loaded block for one batch: (sequences, seq_len, hidden_size) on the device, also with gradients."""
+        if self._shape(tokens) not in self._inputs:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                self._note_inputs(tokens)
         inputs = self._inputs[self._shape(tokens)][block]
         output = self.skeleton.blocks[block](hidden, *inputs.args, **inputs.kwargs)
         self._returns_tuple = isinstance(output, tuple)
@@ -188,7 +192,9 @@ class BlockRunner:
         for sequence, (state, target) in enumerate(zip(hidden.split(1), tokens.split(1), strict=True)):
             state = state.to(self.device).detach().requires_grad_()
             found = losses(self._logits(state, target)[0, :-1].float(), sequence)
-            rows.append([torch.autograd.grad(loss, state, retain_graph=True)[0] for loss in found])
+            last = len(found) - 1
+            rows.append([torch.autograd.grad(loss, state, retain_graph=n < last)[0] for n, loss in enumerate(found)])
+            del found
         return [torch.cat(own) for own in zip(*rows, strict=True)]
 
     def _logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -263,8 +269,7 @@ class BlockRunner:
             return self.device
         size = self.skeleton.hidden_size
         needed = sum(t.numel() for t in token_batches) * size * self.dtype.itemsize
-        free, _ = torch.cuda.mem_get_info(self.device)
-        stays = not self.spare and needed < free * KEEP_ON_GPU_FRACTION
+        stays = not self.spare and needed < free_memory(self.device) * KEEP_ON_GPU_FRACTION
         return self.device if stays else torch.device("cpu")
 
     @staticmethod

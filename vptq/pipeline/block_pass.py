@@ -97,7 +97,7 @@ class BlockPass:
             block,
             inputs,
             self.settings.batches,
-            batches_a_step=max(1, (config.batch_size or 1) // config.at_once),
+            batch=config.batch_size or 1,
             num_held_out=self.settings.num_held_out,
             seed=config.seed,
             compute=self.settings.pair.compute,
@@ -142,7 +142,8 @@ class BlockPass:
 def training_units(settings: PassSettings, schedule: Schedule) -> float:
     """What `told` is told of one block's training."""
     config, tokens = settings.config, settings.batches[0].shape[1]
-    steps = 3.0 * schedule.steps * min(config.batch_size or 1, len(settings.batches)) * tokens
+    train = sum(map(len, settings.batches)) - len(settings.held_out)
+    steps = 3.0 * schedule.steps * min(config.batch_size or 1, train) * tokens
     return steps + (1 + schedule.steps // schedule.eval_every) * (config.num_held_out or 1) * tokens
 
 

@@ -138,13 +138,13 @@ class _Run:
         resolve_seq_len(config.seq_len, pair.original.max_seq_len)
         self.config = config.resolved(pair.num_parameters, pair.original.max_seq_len)
         datasets_of(self.config)
-        if self.config.mode != "lora":
+        if self.config.mode != "lora" and not self.config.add:  # what is added learns
             pair.check_kinds(self.config.mode, self.config.train or ())
         if self.config.save_model and any(layer.added_bias for layer in pair.layers.values()):
             raise UsageError("a dequantized model has no place for added biases", hint="leave out --save_model")
         if self.config.mode == "lora":
             check_adapters(self.config, pair)
-        if self.config.mode == "block" and "predictions" in self.config.passes:
+        if job is None and self.config.mode == "block" and "predictions" in self.config.passes:
             check_room(pair, (self.config.nsamples or 0) * (self.config.seq_len or 0))
         self.windows = self._windows(pair)
         marks = [fingerprint(FolderSource(path).entries) for path in (self.original, self.given)]

@@ -53,5 +53,5 @@ class OutputPass(BlockPass):
     @torch.no_grad()
     def _carry(self, block: int, batches: BlockBatches, inputs: HiddenStates) -> None:
         for number, hidden in enumerate(inputs.batches):
-            inputs.batches[number] = batches.output(number).to(hidden.device, hidden.dtype)
+            inputs.batches[number] = batches.output(hidden, inputs.tokens[number]).to(hidden.device, hidden.dtype)
             self.advance(block, inputs.tokens[number])

@@ -7,30 +7,39 @@ memory at a time. All blocks see the model as it was before the pass.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from vptq.errors import UsageError
 from vptq.finetune.local_model import LocalModel, linearise
+from vptq.models.architecture import Skeleton
 from vptq.models.device import free_memory
 from vptq.models.runner import BlockRunner
 from vptq.pipeline.block_pass import BlockPass, History
 from vptq.pipeline.tune_models import Pair
 
 KEPT_FRACTION = 0.5  # of free memory, for what goes into each block
-SLOPES = 8  # times what hidden states take at one depth: two slopes and what becomes of them, and outputs, in float32
+SLOPES = 6  # tensors as large as hidden states, in float32: two slopes, what becomes of them, outputs, those of a block before
 
 
-def bytes_kept(pair: Pair, num_tokens: int) -> int:
-    """What the states of all blocks take for a text of so many tokens, and the slopes of one."""
-    return (len(pair.packed.blocks) + SLOPES) * pair.states_bytes(num_tokens)
+def bytes_kept(packed: Skeleton, dtype: torch.dtype, num_tokens: int) -> int:
+    """What the states of all blocks take for a text of so many tokens, of type `dtype`, and the slopes of one."""
+    states = (len(packed.blocks) + 2) * dtype.itemsize + SLOPES * torch.float32.itemsize
+    return num_tokens * packed.hidden_size * states
+
+
+def has_room(packed: Skeleton, dtype: torch.dtype, num_tokens: int, device: torch.device) -> bool:
+    """Whether the GPU or the machine has the memory that a pass needs for a text of so many tokens."""
+    room = max(free_memory(torch.device("cpu")), KEPT_FRACTION * free_memory(device))
+    return bytes_kept(packed, dtype, num_tokens) <= room
 
 
 def check_room(pair: Pair, num_tokens: int) -> None:
-    """Raise UsageError where neither the GPU nor the machine has the memory that a pass needs for a text of so many tokens."""
-    room = free_memory(torch.device("cpu"))
-    needed = bytes_kept(pair, num_tokens)
-    if needed > max(room, KEPT_FRACTION * free_memory(pair.device)):
+    """Raise UsageError where there is not the memory that a pass needs for a text of so many tokens."""
+    if not has_room(pair.packed, pair.dtype, num_tokens, pair.device):
+        needed, room = bytes_kept(pair.packed, pair.dtype, num_tokens), free_memory(torch.device("cpu"))
         raise UsageError(
             "there is too little memory for what goes into each block",
             where=[f"{needed / 1e9:.1f} GB for {num_tokens:,} tokens, {room / 1e9:.1f} GB are free"],
@@ -48,10 +57,11 @@ class PredictionPass(BlockPass):
         """See `BlockPass`."""
         wanted = self._original_states()
         pair = self.settings.pair
-        needed = bytes_kept(pair, self.settings.num_tokens)
+        needed = bytes_kept(pair.packed, pair.dtype, self.settings.num_tokens)
         ours = pair.packed_runner(spare=needed > KEPT_FRACTION * free_memory(pair.device))
         kept, last = self._forward(ours)
         slopes, start = self._slopes(ours, last, wanted)
+        del last, wanted
         changed: dict[str, Tensor] = {}
         histories = {}
         for block in reversed(range(self.settings.num_blocks)):
@@ -64,13 +74,12 @@ class PredictionPass(BlockPass):
                 self.advance(block, tokens)
             if items:
                 firsts = [pair[0] for pair in slopes]
-                values, histories[str(block)] = self.train(
-                    block,
-                    items,
-                    lambda: LocalModel(batches, outputs, firsts, metric, start),  # noqa: B023 (called at once)
-                )
+                make = functools.partial(LocalModel, batches, outputs, firsts, self.damping * metric, start)
+                values, histories[str(block)] = self.train(block, items, make)
                 changed |= values
+                del firsts, make
             slopes = handed
+            del batches, unpacked, outputs, handed
             ours.unload_block(block)
         ours.unload()
         return changed, dict(reversed(histories.items()))
@@ -96,21 +105,23 @@ class PredictionPass(BlockPass):
             batches = self.batches(block, runner, states, unpacked)
             kept.append(states)
             with batches.looking():
-                states = [batches.output(n).to(hidden.device, hidden.dtype) for n, hidden in enumerate(states)]
+                pairs = zip(states, self.settings.batches, strict=True)
+                states = [batches.output(hidden, tokens).to(hidden.device, hidden.dtype) for hidden, tokens in pairs]
             for tokens in self.settings.batches:
                 self.advance(block, tokens)
+            del batches, unpacked  # before it is asked what memory is free for the next
             runner.unload_block(block)
         return kept, states
 
     def _slopes(self, runner: BlockRunner, found: list[Tensor], wanted: list[Tensor]) -> tuple[list[list[Tensor]], list[float]]:
-        """For each batch: gradients of the KL and of a drawn label's loss at the last block's output, and the mean KL."""
+        """Gradients of the KL and of a drawn label's loss at the last block's output, by batches; each sequence's mean KL."""
         original = self.settings.pair.original_runner()
         generator = torch.Generator(runner.device).manual_seed(self.settings.config.seed)
         slopes, start = [], []
         for hidden, target, tokens in zip(found, wanted, self.settings.batches, strict=True):
             losses = _Losses(original, target, tokens, generator)
             slopes.append([gradient.float().to(hidden.device) for gradient in runner.loss_gradients(hidden, tokens, losses)])
-            start.append(sum(losses.divergences) / len(losses.divergences))
+            start += losses.divergences
         original.unload()
         return slopes, start
 

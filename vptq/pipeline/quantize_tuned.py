@@ -8,11 +8,15 @@ from typing import Any
 
 from vptq.config import QuantConfig
 from vptq.finetune_config import FinetuneConfig
+from vptq.models.architecture import load_skeleton
+from vptq.models.device import forced_dtype, resolve_device
 from vptq.pipeline.finetune import TuneResult, finetune_model
 from vptq.pipeline.job import Job
 from vptq.pipeline.outcome import RunResult
+from vptq.pipeline.prediction_pass import has_room
 from vptq.pipeline.progress import Progress
 from vptq.pipeline.run import quantize_model
+from vptq.recipe import BlockPassKind
 
 
 def quantize_and_tune(
@@ -34,13 +38,15 @@ def quantize_and_tune(
     parent = result.folder / f"finetune_{settings.finetune}"
     begun = sorted(path.parent for path in parent.glob("*/job.json"))
     calibration = settings.calibration
+    nsamples, seq_len = max(calibration.nsamples, 2), job.facts["seq_len"]  # as many as there were before, so there are enough
     wishes = FinetuneConfig(
         mode=settings.finetune,
+        passes=_passes(result.folder / "packed_model", settings, nsamples * seq_len, progress),
         model_name=str(result.folder / "packed_model"),
         original=settings.model_name,
         dataset=None if calibration.dataset is None else (calibration.dataset,),
-        nsamples=max(calibration.nsamples, 2),  # as many as there were before, so there are enough
-        seq_len=job.facts["seq_len"],
+        nsamples=nsamples,
+        seq_len=seq_len,
         seed=calibration.seed,
         eval=settings.eval,
         new_eval=settings.new_eval,
@@ -51,3 +57,17 @@ def quantize_and_tune(
         trust_remote_code=settings.trust_remote_code,
     )
     return result, finetune_model(wishes, resume=begun[-1] if begun else None, progress=progress, folder=parent)
+
+
+def _passes(packed: Path, settings: QuantConfig, num_tokens: int, progress: Progress | None) -> tuple[BlockPassKind, ...]:
+    """The usual passes over the blocks, without those that there is too little memory for."""
+    usual = FinetuneConfig().passes
+    if settings.finetune != "block":
+        return usual
+    device = resolve_device(settings.device)
+    skeleton = load_skeleton(packed, settings.trust_remote_code, forced_dtype(device))
+    if has_room(skeleton, forced_dtype(device) or skeleton.dtype, num_tokens, device):
+        return usual
+    if progress is not None:
+        progress.note("too little memory for passes that follow the predictions: blocks only learn the original's outputs")
+    return ("outputs",)

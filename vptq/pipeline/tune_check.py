@@ -6,11 +6,13 @@ were found are held against those of before, and against parts of the way, by KL
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
 from vptq.checkpoint.reader import DequantizedSource, packed_tensors
+from vptq.errors import NumericalError
 from vptq.evaluation.divergence import compare, last_states
 from vptq.models.architecture import Skeleton, load_skeleton
 from vptq.models.device import forced_dtype
@@ -56,7 +58,12 @@ def best_part(
     wanted = last_states(original, windows)
     found, ways = {}, {part: _on_the_way(pair, before, changed, part) for part in parts}
     for part, values in ways.items():
-        found[part] = _divergence_of(pair, original, wanted, windows, values)
+        try:
+            found[part] = _divergence_of(pair, original, wanted, windows, values)
+        except NumericalError:  # too far
+            if part == 0:
+                raise
+            found[part] = math.inf
         told()
     original.unload()
     return ways[min(found, key=lambda part: found[part])], found

@@ -100,10 +100,6 @@ class Pair:
         """The packed one, block by block; its blocks hold packed tensors. spare: hidden states stay off a GPU."""
         return BlockRunner(self.packed, self.packed_source, self.device, self.dtype, spare)
 
-    def states_bytes(self, num_tokens: int) -> int:
-        """What hidden states of a text take at one depth."""
-        return num_tokens * self.packed.hidden_size * self.dtype.itemsize
-
     def load_packed_block(self, block: int) -> nn.Module:
         """A packed block, its floats in float32, with the codebooks that others lend it."""
         name, module = self.packed.block_name(block), self.packed.blocks[block]
