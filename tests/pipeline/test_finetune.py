@@ -396,7 +396,7 @@ def test_what_a_short_text_lacks_the_others_give(wishes, originals, text_file, t
         ({"mode": "all"}, "mode is 'all'"),
         ({"mode": "lora", "add": ("biases",)}, "add goes with"),
         ({"add": ("biases",), "train": ("codebooks",)}, "add biases goes with train offsets"),
-        ({"mode": "block", "add": ("column_scales",), "train": ("scales",)}, "add column_scales goes with train scales offsets"),
+        ({"mode": "block", "add": ("column_scales",), "train": ("scales",)}, "column_scales goes with train scales offsets"),
         ({"add": ("scales",)}, "add names 'scales', must be of row_scales, column_scales, biases"),
         ({"add": ("biases",), "save_model": True}, "no place for added biases"),
         ({"mode": "block", "ce_weight": 0.5}, "ce_weight goes with mode e2e"),
