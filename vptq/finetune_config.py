@@ -86,7 +86,11 @@ class FinetuneConfig:
         None, "text", "sequences that are not trained on, which decide when to stop (default: an eighth, at most 32)"
     )
     seed: int = option(0, "text", "seed of all: choice of text, order, sampling, adapters")
-    steps: int | None = option(None, "training", "steps, of each block or of the whole (default: 100 for block, 300 else)")
+    steps: int | None = option(
+        None,
+        "training",
+        "steps, of each block or of the whole (default: 100 for block, a third of that in passes `predictions`; 300 else)",
+    )
     learning_rate: float | None = option(
         None,
         "training",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -96,6 +98,14 @@ def test_damping_makes_second_order_cost_more(wishes, originals, checkpoints, tm
     for damping in (1.0, 3.0):
         PredictionPass(settings, "1 predictions", {}, damping).run()
     torch.testing.assert_close(metrics[2], 3 * metrics[0])
+
+
+def test_steps_of_a_pass(wishes):  # noqa: F811
+    folder = finetune_model(wishes(mode="block", passes=("outputs", "predictions"), steps=9, eval_every=3)).folder
+    curves = json.loads((folder / "curves.json").read_text())["curves"]
+    steps = {name: [(e["step"], "held_out" in e) for e in history] for name, history in curves.items()}
+    assert steps["1 outputs: 0"] == [(n, n % 3 == 0) for n in range(10)]
+    assert steps["2 predictions: 1"] == [(n, True) for n in range(4)]
 
 
 def test_damping_follows_how_well_a_pass_did(wishes, monkeypatch):  # noqa: F811

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,20 +64,28 @@ class BlockPass:
     """
 
     once = 0.0  # passes of all tokens through each block that go with it, beside the training
+    share = 1.0  # of the steps that are asked for
     parts: tuple[float, ...] = (0.0, 0.5, 1.0)  # of the way to what was learned, of which the best is kept
 
     def __init__(self, settings: PassSettings, name: str, start: Mapping[str, Tensor], damping: float) -> None:
         self.settings, self.name, self.start, self.damping = settings, name, start, damping
-        self.schedule = schedule_of(settings.config)
+        self.schedule = self.schedule_of(settings)
 
     def run(self) -> tuple[dict[str, Tensor], dict[str, History]]:
         """Train every block; what has changed, by full name as it is stored, and the history of each block by its number."""
         raise NotImplementedError
 
     @classmethod
+    def schedule_of(cls, settings: PassSettings) -> Schedule:
+        """How long and how fast a block trains in such a pass."""
+        whole = schedule_of(settings.config)
+        counts = {name: getattr(whole, name) for name in ("steps", "warmup_steps", "eval_every")}
+        return replace(whole, **{name: max(min(count, 1), round(cls.share * count)) for name, count in counts.items()})
+
+    @classmethod
     def units(cls, settings: PassSettings) -> float:
         """What `told` is told in all."""
-        training = training_units(settings, schedule_of(settings.config))
+        training = training_units(settings, cls.schedule_of(settings))
         return settings.num_blocks * (cls.once * settings.num_tokens + training)
 
     def load(self, block: int) -> tuple[nn.Module, list[Trainable], Unpacked | None]:
