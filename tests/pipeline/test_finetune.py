@@ -573,4 +573,3 @@ def test_two_processes_train_the_demo_model(demo, tmp_path):
     )  # fmt: skip
     stored = json.loads((folder / "ppl_results.json").read_text())["held_out"]
     assert (stored["before"], stored["after"]) == pytest.approx(alone.held_out, rel=1e-4)
-    assert stored["after"] != alone.held_out[1], "sums in another order: two have shared the work"
