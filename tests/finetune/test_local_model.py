@@ -89,7 +89,7 @@ def test_steps_draw_sequences_whatever_goes_at_once(linear, generator, monkeypat
     x = torch.randn(8, 5, 48, generator=generator)
     found = []
     linear.weight_scale.requires_grad_()
-    for size in (1, 2, 3, 6):
+    for size in (1, 2, 3, 4, 6):
         parts = [*x[:6].split(size), *x[6:].split(size)]
         loss = OutputMatching(batches_of(linear, parts, batch=4, num_held_out=len(x[6:].split(size))), parts)
         seen = sequences_of(loss, monkeypatch, 20)

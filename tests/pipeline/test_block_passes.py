@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from tests.pipeline.test_finetune import Stop, changed_names, checkpoints, originals, wishes  # noqa: F401 (fixtures)
+from tests.pipeline.test_run import config_of
 from vptq.checkpoint.reader import load_whole
 from vptq.errors import UsageError
 from vptq.finetune.local_model import LocalModel
 from vptq.finetune.trainable import trainables
-from vptq.pipeline.block_pass import PassSettings
+from vptq.pipeline.block_pass import BlockPass, PassSettings
 from vptq.pipeline.finetune import finetune_model
+from vptq.pipeline.output_pass import OutputPass
 from vptq.pipeline.prediction_pass import PredictionPass
 from vptq.pipeline.progress import Silent
+from vptq.pipeline.quantize_tuned import quantize_and_tune
 from vptq.pipeline.tune_job import TuneJob
 from vptq.pipeline.tune_models import Pair
 
@@ -87,6 +90,28 @@ def test_a_stopped_pass_goes_on(phase, count, wishes):  # noqa: F811
     assert changed_names(whole.folder / "packed_model", again.folder / "packed_model") == set()
 
 
+@pytest.mark.parametrize("kind", [OutputPass, PredictionPass])
+def test_a_pass_begins_where_the_last_ended(kind, wishes, originals, checkpoints, tmp_path, monkeypatch):  # noqa: F811
+    config = wishes(mode="block").resolved(1000, 128)
+    pair = Pair.open(originals["plain"], checkpoints["plain"], torch.device("cpu"), False, False)
+    batches = list(torch.randint(30, (6, 16), generator=torch.Generator().manual_seed(0)).split(2))
+    job = TuneJob.create(config, "", {}, tmp_path / "run")
+    seen = {}
+
+    def watch(_self, _block, items, make):
+        make()
+        seen.update({item.name: item.parameter.detach().clone() for item in items})
+        return {}, []
+
+    monkeypatch.setattr(BlockPass, "train", watch)
+    settings = PassSettings(pair, config, batches, 1, job, lambda *_: None, lambda _: None)
+    kind(settings, "1", {}, 1.0).run()
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    start, before = {name: 2 * seen[name].half()}, seen[name]
+    kind(settings, "2", start, 1.0).run()
+    torch.testing.assert_close(seen[name], 2 * before)
+
+
 def test_damping_makes_second_order_cost_more(wishes, originals, checkpoints, tmp_path, monkeypatch):  # noqa: F811
     config = wishes(mode="block").resolved(1000, 128)
     pair = Pair.open(originals["plain"], checkpoints["plain"], torch.device("cpu"), False, False)
@@ -154,3 +179,14 @@ def test_states_are_kept_off_the_gpu_where_they_would_fill_it(wishes, monkeypatc
     monkeypatch.setattr("vptq.pipeline.prediction_pass.free_memory", lambda _device: next(rooms))
     finetune_model(wishes(mode="block", passes=("predictions",)))
     assert asked == [False, True]
+
+
+def test_a_model_that_is_quantized_is_tuned_within_memory(tiny_llama, text_file, tmp_path, monkeypatch):
+    """Hours of quantizing don't end in a refusal."""
+    monkeypatch.setattr("vptq.pipeline.prediction_pass.free_memory", lambda _device: 1000)
+    notes, progress = [], Silent()
+    progress.note = notes.append
+    _, tuned = quantize_and_tune(config_of(tiny_llama, text_file, tmp_path, finetune="block", nsamples=6), progress=progress)
+    curves = json.loads((tuned.folder / "curves.json").read_text())["curves"]
+    assert set(curves) == {"1 outputs: 0", "1 outputs: 1"}
+    assert any("too little memory" in note for note in notes)
