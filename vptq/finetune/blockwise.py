@@ -94,7 +94,8 @@ class BlockLoss:
 
     def output(self, numbers: list[int]) -> Tensor:
         """The block's output for some sequences, with gradients."""
-        return self.batches.output(*(self.batches.rows(t, numbers) for t in (self.batches.inputs, self.batches.tokens)))
+        batches = self.batches
+        return batches.output(batches.rows(batches.inputs, numbers), batches.rows(batches.tokens, numbers))
 
     def _over(self, numbers: list[int], use: Callable[[Tensor], None] | None) -> float:
         total = torch.zeros((), device=self.batches.runner.device)

@@ -29,26 +29,21 @@ class Unpacked:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self.dtype = dtype
         self._stands = [_StandIn(linear, dtype) for linear in unpackable(model)]
 
-    @contextlib.contextmanager
-    def looking(self) -> Iterator[None]:
+    def looking(self) -> contextlib.AbstractContextManager[None]:
         """Let the linears multiply with their weights as they are now, without gradients of their own."""
-        try:
-            for stand in self._stands:
-                stand.unpack(learn=False)
-            yield
-        finally:
-            for stand in self._stands:
-                stand.leave()
+        return self._standing(learn=False)
+
+    def learning(self) -> contextlib.AbstractContextManager[None]:
+        """The same, and at the end gradients of all batches' losses go on to the packed tensors that learn."""
+        return self._standing(learn=True)
 
     @contextlib.contextmanager
-    def learning(self) -> Iterator[None]:
-        """The same, and at the end gradients of all batches' losses go on to the packed tensors that learn."""
+    def _standing(self, learn: bool) -> Iterator[None]:
         try:
             for stand in self._stands:
-                stand.unpack(learn=True)
+                stand.unpack(learn)
             yield
             for stand in self._stands:
                 stand.hand_on()
