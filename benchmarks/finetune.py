@@ -6,7 +6,8 @@
         --run "--mode block" --run "--mode e2e --add row_scales biases --steps 400" --run "--mode e2e --train head scales"
 
 Every run is a `vptq finetune` of each checkpoint, with the words of --common and its own. *Taken* is the part of the excess of
-log-perplexity over the original that is gone. The times are of runs that share the GPU, unless --at_once is 1.
+log-perplexity over the original that is gone. The times are of runs that share the GPU, unless --at_once is 1. The losses on the
+held-out text are drawn in OUTPUT_DIR/curves.png.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Run:
     seconds: float = 0.0
     process: subprocess.Popen | None = None
     results: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
 
     def start(self) -> None:
         self.started = time.perf_counter()
@@ -54,6 +56,7 @@ class Run:
             return True
         folder = Path(re.findall(r"^run folder: (.+)$", said, re.MULTILINE)[-1].strip())
         self.results = json.loads((folder / "ppl_results.json").read_text(encoding="utf-8"))
+        self.curves = json.loads((folder / "curves.json").read_text(encoding="utf-8"))["curves"]
         print("\n".join([f"{self.name}: {folder}", *said.splitlines()[-8:]]), flush=True)
         return True
 
@@ -92,6 +95,25 @@ def show(runs: list[Run]) -> None:
     show_table(["run", "stored bits", "held out", *names, "training, s", "all, s"], rows)
 
 
+def draw(runs: list[Run], path: Path) -> None:
+    """The held-out losses of runs of the whole model, by steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for run in runs:
+        if len(run.curves) == 1:  # block by block there are as many as blocks and passes
+            (history,) = run.curves.values()
+            looks = [(entry["step"], entry["held_out"]) for entry in history if "held_out" in entry]
+            axes.plot(*zip(*looks, strict=True), marker=".", label=run.name)
+    axes.set(xlabel="step", ylabel="loss on the held-out text, nats a token", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--original", required=True)
@@ -114,6 +136,7 @@ def main() -> None:
     if len(given.model_name) > 1:
         print("\n".join(f"{number}: {checkpoint}" for number, checkpoint in enumerate(given.model_name)))
     do_all(runs, given.at_once)
+    draw(runs, given.output_dir / "curves.png")
     show(runs)
 
 

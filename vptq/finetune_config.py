@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -20,6 +21,7 @@ TRAINED: dict[str, tuple[TrainableKind, ...]] = {
     "e2e": ("codebooks", "scales", "offsets", "norms"),
 }
 RATES = ((1e9, 2e-3), (7e9, 5e-4), (2e10, 1e-4), (float("inf"), 5e-5))  # up to so many parameters, the rate
+E2E_RATE = 2.0  # times that: each step knows the whole loss
 LORA_RATE = 2e-4
 AT_ONCE = 8192  # tokens that go through a block together
 LEARNS_AS: dict[str, tuple[TrainableKind, ...]] = {
@@ -78,7 +80,9 @@ class FinetuneConfig:
         "wikitext2, c4, c4-new, text or jsonl files or folders, or self: text that the original writes; several share "
         "the sequences (default: c4; demo model: its own)",
     )
-    nsamples: int | None = option(None, "text", "sequences, held-out ones among them (default: 128 for block, 512 else)")
+    nsamples: int | None = option(
+        None, "text", "sequences, held-out ones among them (default: 128 for block, 512 else, or all that the text has)"
+    )
     seq_len: int | None = option(
         None, "text", f"tokens a sequence, training and evaluation (default: {DEFAULT_SEQ_LEN}, or the model's if shorter)"
     )
@@ -95,7 +99,7 @@ class FinetuneConfig:
         None,
         "training",
         "highest rate, as a part of the size of a tensor's numbers (default: by the model's size, 2e-3 under 1B to 1e-4 "
-        "for 7B to 13B; lora: 2e-4, absolute)",
+        "for 7B to 13B, e2e twice that; lora: 2e-4, absolute)",
     )
     head_rate: float = option(0.1, "training", "with --train head: its learning rate, as a part of that of all else")
     warmup_frac: float = option(0.05, "training", "part of the steps over which the rate rises; then it falls as a cosine")
@@ -146,6 +150,11 @@ class FinetuneConfig:
     def at_once(self) -> int:
         """Sequences that go through a block together."""
         return self.micro_batch_size or 1
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the rate rises: one at least, if any are asked for."""
+        return math.ceil(self.warmup_frac * (self.steps or 0))
 
     def faults(self) -> list[str]:
         """Every fault of these settings that shows without the model."""
@@ -223,7 +232,7 @@ class FinetuneConfig:
         batch = self.batch_size or BATCH[self.mode]
         seq_len = self.seq_len or min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
         most = min(self.micro_batch_size or max(1, AT_ONCE // seq_len), batch)
-        by_size = next(rate for size, rate in RATES if num_parameters < size)
+        by_size = next(rate for size, rate in RATES if num_parameters < size) * (E2E_RATE if self.mode == "e2e" else 1)
         return replace(
             self,
             train=TRAINED.get(self.mode) if self.train is None else self.train,

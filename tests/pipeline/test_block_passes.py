@@ -142,7 +142,7 @@ def test_damping_follows_how_well_a_pass_did(wishes, monkeypatch):  # noqa: F811
     found = lambda pair, changed, rest, told, before, parts: (dict(before), dict.fromkeys(parts, 1.0) | {0.25: 0.5})  # noqa: E731
     monkeypatch.setattr(tune_blocks, "best_part", found)
     finetune_model(wishes(mode="block", passes=("predictions", "predictions")))
-    assert asked == pytest.approx([1.1, 3.3])
+    assert asked == pytest.approx([1.4, 4.2])
 
 
 def test_a_way_that_leads_too_far_is_not_taken(wishes, monkeypatch):  # noqa: F811

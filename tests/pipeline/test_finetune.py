@@ -129,7 +129,8 @@ def test_whole_models_learn(kind, wishes, checkpoints):
 def test_the_result_is_what_was_held_out(wishes, monkeypatch):
     """The loss that training told of its best values is that of the checkpoint, read anew."""
     kept = []
-    monkeypatch.setattr("vptq.pipeline.finetune.tuning_tokens", lambda *args: kept.append(tuning_tokens(*args)) or kept[0])
+    taken = lambda *args, **named: kept.append(tuning_tokens(*args, **named)) or kept[0]  # noqa: E731
+    monkeypatch.setattr("vptq.pipeline.finetune.tuning_tokens", taken)
     config = wishes(mode="e2e", eval_dataset=None)
     result = finetune_model(config)
     rest, device = kept[0][-2:].contiguous(), torch.device("cpu")
@@ -375,14 +376,25 @@ def test_what_a_short_text_lacks_the_others_give(wishes, originals, text_file, t
     config = wishes(dataset=(str(short), str(text_file), "self"), nsamples=14).resolved(1000, 128)
     config = dataclasses.replace(config, seq_len=12)
     assert tuning_tokens(config, originals["plain"], torch.device("cpu"), lambda *_: None).shape == (14, 12)
+    fewer = dataclasses.replace(config, dataset=(str(short),), nsamples=512)
+    assert tuning_tokens(fewer, originals["plain"], torch.device("cpu"), lambda *_: None, short=True).shape == (6, 12)
     assert share_out(14, {"a": 3, "b": 100, "c": 14}) == {"a": 3, "b": 6, "c": 5}
     assert share_out(10, {"a": 1, "b": 2, "c": 7}) == {"a": 1, "b": 2, "c": 7}
     assert share_out(7, {"a": 9, "b": 9}) == {"a": 3, "b": 4}
 
 
+def test_without_a_number_a_short_text_gives_all_it_has(wishes, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("the cat sat on the mat. " * 40)
+    result = finetune_model(wishes(mode="e2e", nsamples=None, num_held_out=None, dataset=(str(short),), steps=1))
+    settings = json.loads((result.folder / "job.json").read_text())["settings"]
+    assert 2 <= settings["nsamples"] < 30 and settings["num_held_out"] == max(1, settings["nsamples"] // 8)
+
+
 @pytest.mark.parametrize(
     "changes, what",
     [
+        ({"nsamples": None, "num_held_out": None, "dataset": "SHORT"}, "too short"),
         ({"model_name": None}, "model_name is missing"),
         ({"model_name": "ORIGINAL"}, "not a packed VPTQ checkpoint"),
         ({"original": "PACKED"}, "quantized already"),
@@ -421,6 +433,9 @@ def test_bad_input_is_told_before_anything_is_written(changes, what, wishes, ori
     stand_ins = {"ORIGINAL": str(originals["plain"]), "PACKED": str(checkpoints["plain"])}
     if changes.get("original") == "OTHER":
         stand_ins["OTHER"] = str(make_tiny_llama(tmp_path / "models" / "other", num_hidden_layers=3))
+    if changes.get("dataset") == "SHORT":
+        stand_ins["SHORT"] = (str(tmp_path / "short.txt"),)
+        (tmp_path / "short.txt").write_text("a word or two")
     changes = {name: stand_ins.get(value, value) if isinstance(value, str) else value for name, value in changes.items()}
     with pytest.raises(UsageError, match=what):
         finetune_model(wishes(changes.pop("kind", "plain"), **changes))

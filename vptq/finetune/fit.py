@@ -37,7 +37,7 @@ class Schedule:
     def factor(self, step: int) -> float:
         """What the rate of a step, from 0 on, is multiplied by."""
         if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
+            return (step + 1) / (self.warmup_steps + 1)
         left = max(self.steps - self.warmup_steps, 1)
         return 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / left))
 

@@ -168,7 +168,7 @@ def schedule_of(config: FinetuneConfig) -> Schedule:
     return Schedule(
         steps=config.steps,
         learning_rate=config.learning_rate,
-        warmup_steps=round(config.warmup_frac * config.steps),
+        warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         eval_every=config.eval_every,
         patience=config.patience,

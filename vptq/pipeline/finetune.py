@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from vptq.pipeline.tune_adapters import AdapterTuning, check_adapters
 from vptq.pipeline.tune_blocks import BlockTuning
 from vptq.pipeline.tune_job import TEXT, TuneJob
 from vptq.pipeline.tune_models import Pair
-from vptq.pipeline.tune_text import datasets_of, tuning_tokens
+from vptq.pipeline.tune_text import check_length, datasets_of, tuning_tokens
 from vptq.pipeline.tune_whole import Alone, Launched, Team, WholeTuning, is_launched
 
 BEFORE = "before"
@@ -151,8 +151,8 @@ class _Run:
         if job is not None and job.fingerprint != " ".join(marks):
             raise UsageError(f"the models are not those that `{job.shown}` was started with", hint="start a new run")
         if job is None:
-            self._check_length()
-            job = self._create(" ".join(marks), folder)
+            job = self._create(" ".join(marks), config, pair, folder)
+            self.config = job.config
             ending.callback(job.unlock)
         if team.rank == 0:
             job.lock()
@@ -173,21 +173,14 @@ class _Run:
             trust_remote_code=self.config.trust_remote_code,
         )
 
-    def _check_length(self) -> None:
-        held_out, nsamples = self.config.num_held_out or 0, self.config.nsamples or 0
-        if nsamples <= held_out:
-            raise UsageError(
-                f"{nsamples} sequences leave nothing to train on",
-                where=[f"{held_out} are held out"],
-                hint="give more text, raise --nsamples, or lower --num_held_out",
-            )
-
-    def _create(self, marks: str, folder: Path | None) -> TuneJob:
-        """The run folder, with its text; made by the first process."""
+    def _create(self, marks: str, asked: FinetuneConfig, pair: Pair, folder: Path | None) -> TuneJob:
+        """The run folder, with its text; made by the first process. asked: the settings before they were resolved."""
         made = None
         if self.team.rank == 0:
-            tokens = tuning_tokens(self.config, self.original, self.device, self._told)
-            job = TuneJob.create(self.config, marks, {"tokens": tokens.numel()}, folder)
+            tokens = tuning_tokens(self.config, self.original, self.device, self._told, short=asked.nsamples is None)
+            there = replace(asked, nsamples=len(tokens)).resolved(pair.num_parameters, pair.original.max_seq_len)
+            check_length(there)
+            job = TuneJob.create(there, marks, {"tokens": tokens.numel()}, folder)
             job.save_tensors(TEXT, {TEXT: tokens})
             made = str(job.folder)
         return TuneJob.at(Path(self.team.share(made)))

@@ -214,7 +214,7 @@ class AdapterTuning:
                 per_device_eval_batch_size=config.at_once,
                 gradient_accumulation_steps=max(1, (config.batch_size or 1) // config.at_once),
                 learning_rate=config.learning_rate or 0.0,
-                warmup_steps=round(config.warmup_frac * steps),
+                warmup_steps=config.warmup_steps,
                 lr_scheduler_type="cosine",
                 weight_decay=config.weight_decay,
                 eval_strategy="steps",

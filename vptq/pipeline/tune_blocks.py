@@ -17,7 +17,7 @@ from vptq.pipeline.tune_models import Pair
 from vptq.recipe import BlockPassKind
 
 PASSES: dict[str, type[BlockPass]] = {"outputs": OutputPass, "predictions": PredictionPass}
-COUPLING = 0.1  # of a block with each other one: how much of their outputs' changes adds up
+COUPLING = 0.4  # of a block with each other one: how much of their outputs' changes adds up
 DAMPING = {1.0: 0.7, 0.5: 1.5, 0.25: 3.0, 0.0: 6.0}  # what it is multiplied by, after the part of the way that was best
 
 

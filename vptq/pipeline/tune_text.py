@@ -34,15 +34,33 @@ def datasets_of(config: FinetuneConfig) -> tuple[str, ...]:
     return names
 
 
-def tuning_tokens(config: FinetuneConfig, folder: Path, device: torch.device, progress: Callable[[str, int], None]) -> Tensor:
+def check_length(config: FinetuneConfig) -> None:
+    """Raise UsageError where all sequences are held out."""
+    held_out, nsamples = config.num_held_out or 0, config.nsamples or 0
+    if nsamples <= held_out:
+        raise UsageError(
+            f"{nsamples} sequences leave nothing to train on",
+            where=[f"{held_out} are held out"],
+            hint="give more text, raise --nsamples, or lower --num_held_out or --seq_len",
+        )
+
+
+def tuning_tokens(
+    config: FinetuneConfig,
+    folder: Path,
+    device: torch.device,
+    progress: Callable[[str, int], None],
+    short: bool = False,
+) -> Tensor:
     """The sequences of all texts, in an order that the seed chooses.
 
     Each text gives an equal part; one that is too short for that gives all it has, and the others more.
 
     Args:
         config: resolved. folder: of the original. progress: called with what is done, and tokens that are new.
+        short: take what there is, where it is less than `nsamples` sequences.
     Returns:
-        (nsamples, seq_len) int64.
+        (nsamples, seq_len) int64, or fewer.
     """
     assert config.nsamples is not None and config.seq_len is not None
     nsamples, seq_len = config.nsamples, config.seq_len
@@ -52,7 +70,9 @@ def tuning_tokens(config: FinetuneConfig, folder: Path, device: torch.device, pr
     tokenizer = load_tokenizer(folder, config.trust_remote_code) if set(names) - {SELF} else None
     streams = {name: calibration_stream(name, tokenizer, nsamples * seq_len) for name in dict.fromkeys(names) if name != SELF}
     sizes = {name: nsamples if name == SELF else len(streams[name]) // seq_len for name in names}
-    if sum(sizes.values()) < nsamples:
+    if short:
+        nsamples = min(nsamples, sum(sizes.values()))
+    if sum(sizes.values()) < nsamples or not nsamples:
         raise UsageError(
             "text is too short",
             where=[
