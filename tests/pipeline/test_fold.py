@@ -41,7 +41,7 @@ def test_folded_model_computes_what_it_did(untied):
     tokens = torch.arange(50)[None]
     with torch.no_grad():
         before = load_with(untied, load_skeleton(untied).source())(tokens).logits
-        folded = load_with(untied, FoldedFolder(untied, "model", fold=fold, device=torch.device("cpu")))
+        folded = load_with(untied, FoldedFolder(load_skeleton(untied), fold=fold, device=torch.device("cpu")))
         after = folded(tokens).logits
     assert (after - before).abs().max() < 0.02 * before.abs().max()  # parameters are rounded to float16 once more
     assert folded.model.norm.weight.eq(1).all()

@@ -58,13 +58,20 @@ def _make_classes() -> tuple[type, type]:
                 raise ValueError("packed VPTQ linears can't be offloaded to disk; leave `disk` out of device_map")
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+            import torch  # noqa: PLC0415
+
             from vptq.layer_config import read_quantization_config  # noqa: PLC0415
+            from vptq.models.form import parents, unify  # noqa: PLC0415
             from vptq.nn.replace import replace_linears  # noqa: PLC0415
 
             where = getattr(model.config, "_name_or_path", "") or "the checkpoint"
             layers = read_quantization_config(self.quantization_config.to_dict(), where)
             _check_files(kwargs.get("checkpoint_files"), where, layers)
+            holders = {parent for name in layers for parent in parents(name)} | set(layers)
+            unify(model, (), wanted=lambda name: name in holders)
             replace_linears(model, layers)
+            for name in layers:  # some models begin the weights of linears by name, although they are read from files
+                model.get_submodule(name).weight = torch.empty(0)
 
         def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
             from vptq.nn.vquant_linear import VQuantLinear, prepare_kernels  # noqa: PLC0415
@@ -72,6 +79,7 @@ def _make_classes() -> tuple[type, type]:
             for module in model.modules():
                 if isinstance(module, VQuantLinear):
                     module.requires_grad_(False)  # transformers 5 turns it on for every float tensor
+                    vars(module).pop("weight", None)
             prepare_kernels(model)
             return model
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from vptq.layer_config import LayerConfig, quantization_config
 from vptq.models.files import save_json, save_tensors, writing_to
+from vptq.models.form import Form, parents
 from vptq.models.headers import INDEX_NAME, SINGLE_NAME, read_config
 from vptq.models.remote import PARTIAL, publish_folder
 from vptq.models.stream import FolderSource
@@ -115,37 +117,61 @@ def is_whole(folder: Path) -> bool:
 def write_packed(
     folder: Path,
     source: FolderSource,
+    form: Form,
     parameters: Collection[str],
     layers: Mapping[str, LayerConfig],
-    packed: Iterator[tuple[str, dict[str, Tensor]]],
+    packed: Iterable[tuple[str, dict[str, Tensor]]],
 ) -> None:
     """A packed checkpoint: everything of the original but the quantized weights, and the packed tensors instead.
 
     Args:
-        parameters: the model's own parameter names, which the tensors are written under.
-        packed: (linear name, its stored tensors) for every name in `layers`.
+        form: in what the model's modules and files differ. parameters: the model's own parameter names, which the tensors are
+            written under. packed: (linear name, its stored tensors) for every name in `layers`.
     """
-    tensors = ((f"{linear}.{key}", tensor) for linear, stored in packed for key, tensor in stored.items())
+    replaced = {f"{linear}.weight" for linear in layers}
+    kept = [name for name in parameters if name not in replaced and source.has(name)]
+    used = {one for name in (*kept, *replaced) for one in source.file_names(name)}
+    holders = {parent for name in layers for parent in parents(name)}
+    tensors = itertools.chain(
+        form.without(holders).as_own((name, source.get(name).cpu()) for name in kept),
+        ((name, source.get_stored(name)) for name in source.entries if name not in used),
+        ((f"{linear}.{key}", tensor) for linear, stored in packed for key, tensor in stored.items()),
+    )
     config = read_config(source.folder) | {"quantization_config": quantization_config(dict(layers))}
     if any(layer.weight_of for layer in layers.values()):
         config["tie_word_embeddings"] = False  # the packed head finds its embeddings by itself
-    _write_model(folder, source, parameters, list(layers), tensors, config)
+    _write_model(folder, source, tensors, config)
 
 
 def write_dequantized(
     folder: Path,
     source: FolderSource,
+    form: Form,
     parameters: Collection[str],
     linears: Collection[str],
-    weights: Iterator[tuple[str, Tensor]],
+    weights: Iterable[tuple[str, Tensor]],
 ) -> None:
-    """A checkpoint of the original's form with other weights.
+    """A checkpoint of the original's form with other weights: tensors have the names that they have in its files.
 
     Args:
-        parameters: as for `write_packed`. weights: (linear name, weight in the model's type) for every name in `linears`.
+        form, parameters: as for `write_packed`. weights: (linear name, weight in the model's type) for every name in `linears`.
     """
-    tensors = ((f"{linear}.weight", weight) for linear, weight in weights)
-    _write_model(folder, source, parameters, linears, tensors, read_config(source.folder))
+    replaced = {f"{linear}.weight" for linear in linears}
+    own = {source.file_name(name): name for name in parameters if name not in replaced}
+    old = {one for name in replaced for one in source.file_names(name)}
+    mates = (name for name in parameters if name not in replaced and old.intersection(source.file_names(name)))
+    changed = itertools.chain(
+        ((name, source.get(name).cpu()) for name in mates),  # that are stored in one tensor with what is quantized
+        ((f"{linear}.weight", weight) for linear, weight in weights),
+    )
+
+    def unchanged() -> Iterator[tuple[str, Tensor]]:
+        for name in source.entries:
+            if name not in old:
+                tensor = source.get(own[name]).cpu() if name in own else source.get_stored(name)
+                yield name, tensor.T.contiguous() if own.get(name) in form.transposed else tensor
+
+    _write_model(folder, source, itertools.chain(unchanged(), form.as_filed(source, changed)), read_config(source.folder))
 
 
 def write_changed(
@@ -175,49 +201,33 @@ def write_changed(
 
 
 def write_unpacked(
-    folder: Path, source: FolderSource, layers: Mapping[str, LayerConfig], weights: Iterator[tuple[str, Tensor]]
+    folder: Path, source: FolderSource, form: Form, layers: Mapping[str, LayerConfig], weights: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """A checkpoint of the original's form from a packed one, `source`.
+    """A checkpoint of the original's form from a packed one, `source`: tensors have the names of transformers' own modules.
 
     Args:
-        layers: its quantized linears. weights: (linear name, weight in the model's type) for those that store one.
+        form: of the packed model. layers: its quantized linears. weights: (linear name, weight in the model's type) for those
+            that store one.
     """
     config = {key: value for key, value in read_config(source.folder).items() if key != "quantization_config"}
     if any(layer.weight_of for layer in layers.values()):
         config["tie_word_embeddings"] = True  # as it was before the head was packed as the embeddings
+    fused = {piece.name for piece in form.pieces}
+    kept: list[str] = []
+    split: list[str] = []
+    for name in source.entries:
+        linear = next((parent for parent in parents(name) if parent in layers), None)
+        if linear is None or name == f"{linear}.bias":
+            (split if name in fused else kept).append(name)
+    changed = itertools.chain(
+        ((name, source.get_stored(name)) for name in split), ((f"{name}.weight", weight) for name, weight in weights)
+    )
+    tensors = itertools.chain(((name, source.get_stored(name)) for name in kept), form.as_own(changed))
+    _write_model(folder, source, tensors, config)
+
+
+def _write_model(folder: Path, source: FolderSource, tensors: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> None:
     with CheckpointWriter(folder) as writer:
-        for name in source.entries:
-            linear = next((parent for parent in _parents(name) if parent in layers), None)
-            if linear is None or name == f"{linear}.bias":
-                writer.add(name, source.get_stored(name))
-        for name, weight in weights:
-            writer.add(f"{name}.weight", weight)
-        writer.add_json("config.json", config)
-        writer.copy_files(source.folder, with_code="auto_map" in config)
-
-
-def _parents(name: str) -> Iterator[str]:
-    """Modules that a tensor may belong to, the nearest first."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
-
-
-def _write_model(
-    folder: Path,
-    source: FolderSource,
-    parameters: Collection[str],
-    linears: Collection[str],
-    tensors: Iterator[tuple[str, Tensor]],
-    config: dict[str, Any],
-) -> None:
-    own_names = {source.file_name(name): name for name in parameters}
-    replaced = {source.file_name(f"{linear}.weight") for linear in linears}
-    with CheckpointWriter(folder) as writer:
-        for name in source.entries:
-            if name not in replaced:
-                own = own_names.get(name)
-                writer.add(own or name, source.get(own).cpu() if own else source.get_stored(name))
         for name, tensor in tensors:
             writer.add(name, tensor)
         writer.add_json("config.json", config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vptq.errors import CheckpointError, UsageError
+from vptq.models.form import Form, unify
 from vptq.models.headers import is_hub_name, read_config, read_headers
 from vptq.models.shapes import LinearShape, ModelShapes
 from vptq.models.stream import FLOAT_TYPES, FolderSource
@@ -38,13 +39,14 @@ class Skeleton:
 
     Attributes:
         folder: the model folder. model: the transformers module. blocks_name: full name of the list of decoder blocks.
-        dtype: float type of the stored weights.
+        dtype: float type of the stored weights. form: in what its modules and its files differ.
     """
 
     folder: Path
     model: Any
     blocks_name: str
     dtype: torch.dtype
+    form: Form = field(default_factory=Form)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -87,7 +89,7 @@ class Skeleton:
 
     @property
     def max_seq_len(self) -> int | None:
-        config = self.model.config
+        config = self.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None)
 
     @property
@@ -96,7 +98,7 @@ class Skeleton:
         return getattr(self.model, "base_model_prefix", "")
 
     def source(self) -> FolderSource:
-        return FolderSource(self.folder, self.source_prefix)
+        return FolderSource(self.folder, self.source_prefix, self.form.origins)
 
 
 def load_skeleton(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> Skeleton:
@@ -109,7 +111,7 @@ def load_skeleton(folder: Path, trust_remote_code: bool = False, dtype: torch.dt
         UsageError: a model whose blocks or linears are not found.
     """
     from accelerate import init_empty_weights  # noqa: PLC0415 (slow imports, only where a model is built)
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoConfig  # noqa: PLC0415
 
     method = (read_config(folder).get("quantization_config") or {}).get("quant_method", "vptq")
     if method != "vptq":
@@ -121,7 +123,7 @@ def load_skeleton(folder: Path, trust_remote_code: bool = False, dtype: torch.dt
         stored = _stored_dtype(folder, config)
         setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype or stored)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = _class_of(config).from_config(config, trust_remote_code=trust_remote_code)
     except CheckpointError:
         raise
     except Exception as error:  # whatever transformers makes of a damaged or unknown config
@@ -131,10 +133,28 @@ def load_skeleton(folder: Path, trust_remote_code: bool = False, dtype: torch.dt
             hint="check config.json; a model with code of its own needs --trust_remote_code",
         ) from error
     model.eval()
+    form = unify(model, _tensor_names(folder))
     _add_biases(model, folder)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return Skeleton(folder, model, _find_blocks(model, folder), stored)
+    return Skeleton(folder, model, _find_blocks(model, folder), stored, form)
+
+
+def _class_of(config: Any) -> Any:
+    """The class that builds a model which writes text: of text alone, or of images and other things too."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # noqa: PLC0415 (slow imports)
+
+    known = getattr(AutoModelForImageTextToText, "_model_mapping", ())
+    alone = getattr(AutoModelForCausalLM, "_model_mapping", ())
+    return AutoModelForImageTextToText if type(config) in known and type(config) not in alone else AutoModelForCausalLM
+
+
+def _tensor_names(folder: Path) -> Collection[str]:
+    """Of the files; none where there are no files, or damaged ones: that is said where weights are asked for."""
+    try:
+        return read_headers(folder)
+    except CheckpointError:
+        return ()
 
 
 def _add_biases(model: Any, folder: Path) -> None:
@@ -151,18 +171,21 @@ def _add_biases(model: Any, folder: Path) -> None:
 
 
 def _find_blocks(model: nn.Module, folder: Path) -> str:
-    """The list of modules that holds the most weights of linears: the decoder blocks."""
+    """The list of modules that holds the most weights of linears, in the part that reads text: the decoder blocks."""
+    finder: Any = getattr(model, "get_decoder", None)
+    decoder = finder() if finder else None
+    inside = {id(module) for module in (decoder if isinstance(decoder, nn.Module) else model).modules()}
     sizes = {
         name: sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
+        if isinstance(module, nn.ModuleList) and id(module) in inside
     }
     best = max(sizes, key=lambda name: sizes[name], default=None)
     if best is None or not sizes[best]:
         raise UsageError(
             f"no decoder blocks with linear layers were found in `{folder}`",
             where=[f"model class {type(model).__name__}"],
-            hint="models whose blocks hold no torch.nn.Linear (GPT-2's Conv1D) are not handled yet",
+            hint="only linear layers in a list of blocks are quantized",
         )
     return best
 
@@ -213,14 +236,13 @@ def check_weights(skeleton: Skeleton, source: FolderSource, quantized: Collectio
             faults.append(f"{name}: missing")
             missing += 1
             continue
-        entry = source.entry(name)
-        if entry.shape != tuple(parameter.shape):
-            faults.append(f"{name}: {entry.shape} in the file, {tuple(parameter.shape)} by config.json")
+        entry, shape = source.entry(name), source.shape(name)
+        if shape not in (None, tuple(parameter.shape)):
+            faults.append(f"{name}: {shape} in the file, {tuple(parameter.shape)} by config.json")
         elif name in linears and entry.dtype not in FLOAT_TYPES:
             faults.append(f"{name}: stored as {entry.dtype}: already quantized?")
     if faults:
-        renamed = "get the folder anew; models whose files name or fuse weights in another way than transformers' modules do "
-        renamed += "(GPT-NeoX, Mixtral and others in transformers 5) are not handled yet"
+        renamed = "get the folder anew, or another transformers: its modules have names that these files don't"
         raise CheckpointError(
             f"the weights in `{source.folder}` are not those of the model that config.json describes",
             where=faults,

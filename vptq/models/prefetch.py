@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from vptq.models.origins import Origin
 from vptq.models.staging import room_for
 from vptq.models.stream import FolderSource
 
@@ -23,8 +24,10 @@ class PrefetchingFolder(FolderSource):
         pin: copy into page-locked memory, from which a GPU fetches by itself.
     """
 
-    def __init__(self, folder: Path, base_prefix: str = "", *, pin: bool = False) -> None:
-        super().__init__(folder, base_prefix)
+    def __init__(
+        self, folder: Path, base_prefix: str = "", origins: Mapping[str, Origin] | None = None, *, pin: bool = False
+    ) -> None:
+        super().__init__(folder, base_prefix, origins)
         self.pin = pin
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="prefetch")
         self._coming: dict[str, Future[Tensor]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vptq.errors import CheckpointError
 from vptq.models.headers import TensorEntry, read_headers
+from vptq.models.origins import Origin
 
 FLOAT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
@@ -25,15 +26,33 @@ class TensorSource(Protocol):
 
 
 class FolderSource:
-    """The tensors of a model folder. Names may differ from the model's by its base prefix, as older checkpoints' do."""
+    """The tensors of a model folder. Names may differ from the model's by its base prefix, as older checkpoints' do.
 
-    def __init__(self, folder: Path, base_prefix: str = "") -> None:
+    Args:
+        origins: where parameters lie that are not simply the tensor of their name.
+    """
+
+    def __init__(self, folder: Path, base_prefix: str = "", origins: Mapping[str, Origin] | None = None) -> None:
         self.folder = folder
         self.entries = read_headers(folder)
         self.base_prefix = base_prefix
+        self.origins = origins or {}
+
+    def file_names(self, name: str) -> tuple[str, ...]:
+        """The tensors in the files that the model's parameter `name` is made of; none if they lack one."""
+        if name in self.origins:
+            names = self.origins[name].names
+            return names if all(one in self.entries for one in names) else ()
+        found = self._direct(name)
+        return () if found is None else (found,)
 
     def file_name(self, name: str) -> str | None:
-        """The name in the file of the model's parameter `name`; None if the file lacks it."""
+        """The name in the file of the model's parameter `name`; None if the file lacks it, or it is no tensor of its own."""
+        if name in self.origins and not self.origins[name].is_one_tensor:
+            return None
+        return next(iter(self.file_names(name)), None)
+
+    def _direct(self, name: str) -> str | None:
         prefix = f"{self.base_prefix}." if self.base_prefix else ""
         candidates = [name]
         if prefix:
@@ -41,25 +60,33 @@ class FolderSource:
         return next((c for c in candidates if c in self.entries), None)
 
     def has(self, name: str) -> bool:
-        return self.file_name(name) is not None
+        return bool(self.file_names(name))
 
     def entry(self, name: str) -> TensorEntry:
-        found = self.file_name(name)
-        if found is None:
+        """What the files hold of the model's parameter `name`: the first tensor that it is made of."""
+        found = self.file_names(name)
+        if not found:
             raise CheckpointError(f"`{self.folder}` holds no tensor `{name}`", hint="get the model folder anew")
-        return self.entries[found]
+        return self.entries[found[0]]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of the model's parameter `name` in the files; None where only reading it tells."""
+        stored = self.entry(name).shape
+        return self.origins[name].shape(stored) if name in self.origins else stored
 
     def get(self, name: str) -> Tensor:
         """The tensor of the model's parameter `name`, on the CPU, in its stored type."""
         self.entry(name)
-        return self.get_stored(self.file_name(name) or name)
+        if name in self.origins:
+            return self.origins[name].make(self.get_stored)
+        return self.get_stored(self._direct(name) or name)
 
-    def get_stored(self, name: str) -> Tensor:
-        """The tensor that the file calls `name`, on the CPU, in its stored type."""
+    def get_stored(self, name: str, index: int | None = None) -> Tensor:
+        """The tensor that the file calls `name`, on the CPU, in its stored type, or one entry along its first dimension."""
         entry = self.entries[name]
         try:
             with safe_open(entry.file, framework="pt") as file:
-                return file.get_tensor(name)
+                return file.get_tensor(name) if index is None else file.get_slice(name)[index]
         except Exception as error:
             raise CheckpointError(
                 f"`{entry.file}` can't be read", where=[name, str(error)], hint="get the file anew"

@@ -261,7 +261,7 @@ class _Run:
             self.progress.phase("writing model")
             source = FolderSource(packed, pair.packed_source.base_prefix)
             weights = _dequantized(source, pair.layers, pair.packed.dtype, self.device)
-            write_unpacked(folder, source, pair.layers, merged(weights))
+            write_unpacked(folder, source, pair.packed.form, pair.layers, merged(weights))
 
     def _evaluation_units(self, pair: Pair) -> float:
         return float(sum(cut.numel() for cut in self.windows.values()) * len(pair.original.blocks))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -77,8 +76,8 @@ class Fold:
 class FoldedFolder(PrefetchingFolder):
     """A model folder whose parameters come folded, on `device`, where that is done."""
 
-    def __init__(self, folder: Path, base_prefix: str = "", *, pin: bool = False, fold: Fold, device: torch.device) -> None:
-        super().__init__(folder, base_prefix, pin=pin)
+    def __init__(self, skeleton: Skeleton, *, pin: bool = False, fold: Fold, device: torch.device) -> None:
+        super().__init__(skeleton.folder, skeleton.source_prefix, skeleton.form.origins, pin=pin)
         self.fold, self.device = fold, device
 
     def get(self, name: str) -> Tensor:
@@ -89,12 +88,12 @@ class FoldedFolder(PrefetchingFolder):
         return super().get(name).to(self.device, non_blocking=True)
 
 
-def open_folder(folder: Path, base_prefix: str, fold: Fold | None, device: torch.device) -> PrefetchingFolder:
-    """The tensors of a model folder for work on `device`, folded where there is a fold."""
+def open_folder(skeleton: Skeleton, fold: Fold | None, device: torch.device) -> PrefetchingFolder:
+    """The tensors of a skeleton's folder for work on `device`, folded where there is a fold."""
     pin = device.type == "cuda"
     if fold is None:
-        return PrefetchingFolder(folder, base_prefix, pin=pin)
-    return FoldedFolder(folder, base_prefix, pin=pin, fold=fold, device=device)
+        return PrefetchingFolder(skeleton.folder, skeleton.source_prefix, skeleton.form.origins, pin=pin)
+    return FoldedFolder(skeleton, pin=pin, fold=fold, device=device)
 
 
 def choose_fold(config: QuantConfig, skeleton: Skeleton) -> Fold | None:

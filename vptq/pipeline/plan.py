@@ -147,10 +147,15 @@ def _file_bits(linears: tuple[LinearPlan, ...], skeleton: Skeleton, source: Fold
         rest = [p for name, p in skeleton.model.named_parameters() if name not in quantized | tied_names(skeleton.model)]
         count = sum(parameter.numel() for parameter in rest)
         return ModelBits(tuple(linear.bits for linear in linears), count * skeleton.dtype.itemsize * 8, count)
-    files = {source.file_name(name) for name in quantized}
-    others = [entry for name, entry in source.entries.items() if name not in files]
-    weights = sum(e.num_bytes * 8 // DTYPE_BITS.get(e.dtype, 16) for e in others)
-    return ModelBits(tuple(linear.bits for linear in linears), sum(e.num_bytes for e in others) * 8, weights)
+    files = {one for name in quantized for one in source.file_names(name)}
+    kept = [entry for name, entry in source.entries.items() if name not in files]
+    others = [(entry.num_bytes * 8 // DTYPE_BITS.get(entry.dtype, 16), entry.num_bytes) for entry in kept]
+    for name, parameter in skeleton.model.named_parameters():  # that were stored together with others that are quantized
+        if name not in quantized and files.intersection(names := source.file_names(name)):
+            bits = DTYPE_BITS.get(source.entries[names[0]].dtype, 16)
+            others.append((parameter.numel(), parameter.numel() * bits // 8))
+    weights, num_bytes = (sum(counts) for counts in zip(*others, strict=True)) if others else (0, 0)
+    return ModelBits(tuple(linear.bits for linear in linears), num_bytes * 8, weights)
 
 
 def result_bytes(config: QuantConfig, plan: RunPlan, original: int) -> int:

@@ -47,10 +47,10 @@ class Results:
         if config.save_packed_model and not is_whole(packed):
             progress.phase("writing packed_model")
             tensors = ((name, self.job.tensors(name)) for name in self.stored)
-            write_packed(packed, self.original, parameters, self.layers, tensors)
+            write_packed(packed, self.original, self.skeleton.form, parameters, self.layers, tensors)
         if config.save_model and not is_whole(model):
             progress.phase("writing model")
-            write_dequantized(model, self.original, parameters, list(self.layers), self._dequantized())
+            write_dequantized(model, self.original, self.skeleton.form, parameters, list(self.layers), self._dequantized())
 
     def _dequantized(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.stored:

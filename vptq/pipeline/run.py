@@ -104,7 +104,7 @@ class _Run:
         self.skeleton: Skeleton = load_skeleton(folder, config.trust_remote_code, forced_dtype(self.device))
         refuse_packed(folder)
         self.fold = choose_fold(config, self.skeleton)
-        self.source = open_folder(folder, self.skeleton.source_prefix, self.fold, self.device)
+        self.source = open_folder(self.skeleton, self.fold, self.device)
         ending.callback(self.source.close)
         self.dtype = forced_dtype(self.device) or self.skeleton.dtype
         self.plan: RunPlan = first_plan(config, self.skeleton, self.source, job, self.fold)

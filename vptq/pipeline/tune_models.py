@@ -93,7 +93,7 @@ class Pair:
         """The original, block by block. like_packed: with its hidden states rotated where the packed one's are."""
         source = self.original.source()
         fold = find_fold(self.original, self.layers) if like_packed else None
-        folded = source if fold is None else open_folder(source.folder, source.base_prefix, fold, self.device)
+        folded = source if fold is None else open_folder(self.original, fold, self.device)
         return BlockRunner(self.original, folded, self.device, self.dtype)
 
     def packed_runner(self, spare: bool = False) -> BlockRunner:

@@ -49,7 +49,6 @@ class Setup:
     scratch: Path
     mirror: Mirror | None
     model_folder: Path
-    base_prefix: str
     fold: Fold | None
     trust_remote_code: bool
     threads: int
@@ -88,7 +87,7 @@ class Worker:
             know(setup.mirror)
         job = Job.at(setup.run_folder)
         skeleton = load_skeleton(setup.model_folder, setup.trust_remote_code, forced_dtype(device))
-        source = open_folder(setup.model_folder, setup.base_prefix, setup.fold, device)
+        source = open_folder(skeleton, setup.fold, device)
         path = fetch(setup.scratch / TOKENS)
         tokens = load_file(path)["tokens"] if path.exists() else None
         return cls(job, skeleton, source, device, tokens, number, setup.scratch)

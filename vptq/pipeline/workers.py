@@ -65,8 +65,7 @@ class Given:
         fold = self.source.fold if isinstance(self.source, FoldedFolder) else None
         folder = self.job.folder.absolute()  # others may work in another folder
         model, threads = self.source.folder.absolute(), torch.get_num_threads()
-        prefix, code = self.source.base_prefix, self.trust_remote_code
-        return Setup(folder, scratch, mirror_of(folder), model, prefix, fold, code, threads)
+        return Setup(folder, scratch, mirror_of(folder), model, fold, self.trust_remote_code, threads)
 
 
 class InProcess:
