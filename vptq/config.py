@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from vptq.checks import Checker, check_rotated
 from vptq.errors import UsageError
+from vptq.fields import file_option, option, typed
 from vptq.recipe import (
     DEFAULT_SEQ_LEN,
     DRIFT_FRAC,
@@ -32,11 +33,6 @@ from vptq.recipe import (
     ScaleScope,
     VectorQuantDim,
 )
-
-
-def option(default: Any, group: str, help: str, metavar: str | None = None) -> Any:
-    """A config field that the command line offers as a flag of the same name."""
-    return field(default=default, metadata={"group": group, "help": help, "metavar": metavar})
 
 
 @dataclass(frozen=True)
@@ -232,12 +228,15 @@ class CalibrationConfig:
         False, "calibration", "calibrate each block on what the quantized blocks before it put out, aiming at the original's"
     )
 
+    moe_all_experts: bool = option(
+        False, "calibration", "let every expert see every token while calibrating, not only those it is chosen for"
+    )
     drift_frac: float = option(DRIFT_FRAC, "calibration", "with --sequential: share of the inputs' drift that is made up for")
 
     @property
     def plain_hessians(self) -> bool:
         """Whether Hessians depend on model and text alone, so that a folder can keep them."""
-        return self.hessian == "input" and not self.sequential
+        return self.hessian == "input" and not self.sequential and not self.moe_all_experts
 
     def faults(self) -> list[str]:
         found: list[str] = []
@@ -249,7 +248,8 @@ class CalibrationConfig:
         check(self.hessian in get_args(HessianKind), f"hessian is {self.hessian!r}, must be input or fisher")
         check(
             self.hessian_path is None or self.plain_hessians,
-            "hessian_path keeps Hessians of the inputs alone: leave out hessian fisher and sequential, or hessian_path",
+            "hessian_path keeps Hessians of the inputs alone: leave out hessian fisher, sequential, moe_all_experts, "
+            "or hessian_path",
         )
         return found
 
@@ -274,6 +274,15 @@ class QuantConfig:
     )
     embed_bits: int | None = option(
         None, "model", "bits a weight of the input embeddings too; where these are the head, of both"
+    )
+    include: tuple[str, ...] | None = option(
+        None, "model", "quantize only linears whose full names match one of these globs, such as *mlp*", "GLOB"
+    )
+    skip: tuple[str, ...] | None = option(
+        None, "model", "leave linears as they are whose full names match one of these globs, such as model.layers.0.*", "GLOB"
+    )
+    per_linear: dict[str, dict[str, Any]] | None = file_option(
+        "settings of single linears: a glob over their full names, and under it names and values of settings of vectors"
     )
     linear: LinearConfig = field(default_factory=LinearConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -305,6 +314,8 @@ class QuantConfig:
                 self.linear.has_trellis and self.linear.num_centroids[1] == RECIPE["num_centroids"][1],
                 "bits chooses the settings of vectors: leave out vector_lens, num_centroids, trellis_bits and codebook_scope",
             )
+        found += self._faults_per_linear()
+        check(self.bits is None or not self.per_linear, "bits chooses the settings of every linear: leave out per_linear")
         check(not self.fold or self.linear.rotation != "none", "fold goes with rotation hadamard")
         check(
             not self.fold or self.calibration.hessian_path is None,
@@ -323,6 +334,16 @@ class QuantConfig:
             self.eval_nsamples == OFF or self.eval_nsamples >= 1,
             f"eval_nsamples is {self.eval_nsamples}, must be 1 or more, or -1",
         )
+        return found
+
+    def _faults_per_linear(self) -> list[str]:
+        known = {f.name for f in dataclasses.fields(LinearConfig)}
+        found = []
+        for glob, values in (self.per_linear or {}).items():
+            unknown = sorted(set(values) - known)
+            own = [] if unknown else dataclasses.replace(self.linear, **typed(values)).faults()
+            found += [f"per_linear {glob}: {name} is no setting of vectors" for name in unknown]
+            found += [f"per_linear {glob}: {fault}" for fault in own]
         return found
 
     def validate(self) -> None:
@@ -353,7 +374,7 @@ class QuantConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise UsageError("unknown settings", where=unknown, hint=f"known: {', '.join(sorted(known))}")
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        values = typed(values)
 
         def pick(kind: type) -> dict[str, Any]:
             return {f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}

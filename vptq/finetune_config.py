@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from vptq.checks import Checker
-from vptq.config import option
 from vptq.errors import UsageError
+from vptq.fields import option
 from vptq.recipe import DEFAULT_SEQ_LEN, OFF, AddedKind, BlockPassKind, FinetuneMode, TeacherKind, TrainableKind
 
 SELF = "self"  # a dataset: text that the original writes

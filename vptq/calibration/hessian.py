@@ -173,7 +173,7 @@ class BlockHessians:
             hooks.callback(self._seen.clear)
             hooks.enter_context(block.register_forward_pre_hook(self._begin, with_kwargs=True))
             for suffix, module in block.named_modules():
-                if isinstance(module, nn.Linear):
+                if isinstance(module, nn.Linear) and (self.weights is None or suffix in self.weights):
                     hooks.enter_context(module.register_forward_pre_hook(self._hook(suffix)))
             yield
 

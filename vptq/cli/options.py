@@ -80,7 +80,7 @@ def add_fields(parser: argparse.ArgumentParser, *kinds: type) -> None:
     for kind in kinds:
         hints = get_type_hints(kind)
         for f in dataclasses.fields(kind):
-            if "help" not in f.metadata:
+            if "help" not in f.metadata or f.metadata.get("file_only"):
                 continue
             group = f.metadata["group"]
             if group not in groups:
@@ -167,6 +167,8 @@ def _convert(value: Any, hint: Any) -> Any:
     if _is_list(hint):
         return [_convert(v, str) for v in ([value] if isinstance(value, str) else value)]
     base = _base_type(hint)
+    if get_origin(base) is dict:
+        return _convert_nested(value)
     if get_origin(base) is Literal:
         return str(value)  # the config checks the choice
     if base is bool:
@@ -182,6 +184,16 @@ def _convert(value: Any, hint: Any) -> Any:
     if not isinstance(value, str):
         raise ValueError
     return value
+
+
+def _convert_nested(value: Any) -> dict[str, dict[str, Any]]:
+    """Settings under globs; their values are those of flags, or as they are where no flag has the name: that is told later."""
+    if not isinstance(value, dict) or not all(isinstance(own, dict) for own in value.values()):
+        raise ValueError
+    hints = field_types((LinearConfig,))
+    return {
+        str(glob): {str(n): _convert(v, hints[n]) if n in hints else v for n, v in own.items()} for glob, own in value.items()
+    }
 
 
 def _to_bool(value: Any) -> bool:
@@ -210,6 +222,8 @@ def _describe(hint: Any) -> str:
         return "two whole numbers"
     if _is_list(hint):
         return "one or more words"
+    if get_origin(_base_type(hint)) is dict:
+        return "settings under globs"
     names = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
     return names.get(_base_type(hint), "a valid value")
 

@@ -73,6 +73,11 @@ class Skeleton:
                     found.append(LinearInfo(name, number, suffix, module.out_features, module.in_features, has_bias))
         return found
 
+    def is_router(self, linear: LinearInfo) -> bool:
+        """Whether it stands right beside experts: it chooses or weighs them, with a handful of outputs."""
+        parent = self.model.get_submodule(linear.name.rpartition(".")[0])
+        return any(name == "experts" for name, _ in parent.named_children())
+
     def end(self, which: Literal["embedding", "head"]) -> LinearInfo | None:
         """The input embeddings, a row a token, or the output head, as a linear; None where there is none of the usual kind."""
         asked = self.model.get_input_embeddings() if which == "embedding" else self.model.get_output_embeddings()

@@ -6,6 +6,7 @@ of them transposed, interleaved, with biases or without a gate; each says which 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,6 +127,19 @@ class SplitExperts(nn.Module):
         else:
             both = expert.gate_up_proj(inputs)
         return expert.down_proj(self.gating._apply_gate(both))
+
+
+@contextlib.contextmanager
+def all_tokens(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Let the experts of a model that was taken apart see all tokens, if that is `wanted`."""
+    experts = [module for module in model.modules() if isinstance(module, SplitExperts)] if wanted else []
+    for module in experts:
+        module.all_tokens = True
+    try:
+        yield
+    finally:
+        for module in experts:
+            module.all_tokens = False
 
 
 def is_fused(module: nn.Module) -> bool:

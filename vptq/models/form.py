@@ -69,10 +69,12 @@ def unify(model: nn.Module, names: Collection[str], wanted: Callable[[str], bool
     """
     origins = find_origins(model, names)
     pieces = split_experts(model, wanted)
-    wholes = {piece.whole for piece in pieces}
-    own = {name: origin for name, origin in origins.items() if name not in wholes}
+    counts = {piece.whole: piece.expert + 1 for piece in pieces}  # the last expert's counts
+    own = {name: origin for name, origin in origins.items() if name not in counts}
     for piece in pieces:
-        if piece.name not in names:
+        stacks = origins[piece.whole].stacks if piece.whole in origins else ()
+        complete = all(len(stack) == counts[piece.whole] for stack in stacks)  # else some are packed
+        if complete and piece.name not in names:
             own[piece.name] = piece.origin(origins)
     transposed = frozenset(_turn_conv1d(model, wanted))
     for name in transposed:

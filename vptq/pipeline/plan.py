@@ -21,8 +21,10 @@ from vptq.pipeline.codebooks import codebook_name
 from vptq.pipeline.ends import End, choose_ends
 from vptq.pipeline.evaluate import resolve_seq_len
 from vptq.pipeline.fold import Fold
+from vptq.pipeline.selection import select_linears
 
 DISK_SLACK = 1.1
+LEFT_FRACTION = 0.02
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ def make_plan(
     if source is not None:
         check_weights(skeleton, source)
     wanted = []
-    for info in skeleton.linears():
-        own = (settings or {}).get(info.name, config.linear)
+    for info, chosen in select_linears(config, skeleton):
+        own = (settings or {}).get(info.name, chosen)
         wanted.append(End(info, fold.remaining(info.name, own) if fold is not None else own))
     planned = _plan_linears([*wanted, *choose_ends(config, skeleton)], skeleton)
     linears, ends = planned[: len(wanted)], planned[len(wanted) :]
@@ -97,7 +99,10 @@ def make_plan(
     for dataset in (calibration, *datasets):
         check_dataset(dataset)
     bits = _file_bits(planned, skeleton, source)
-    return RunPlan(linears, ends, calibration, seq_len, datasets, bits, tuple(_warnings(config, linears)))
+    warnings = (*_warnings(config, linears), *_left_warnings(skeleton))
+    if config.calibration.moe_all_experts and not skeleton.form.pieces:
+        raise UsageError("moe_all_experts is for models whose experts transformers fuses", hint="leave it out")
+    return RunPlan(linears, ends, calibration, seq_len, datasets, bits, warnings)
 
 
 def _plan_linears(wanted: list[End], skeleton: Skeleton) -> tuple[LinearPlan, ...]:
@@ -185,6 +190,18 @@ def refuse_full_disk(output_dir: str, needed: int) -> None:
             f"the disk is full: results need about {wanted}, `{existing}` has {there}",
             hint="free some space, or give another " + ("TMPDIR" if is_url(output_dir) else "--output_dir"),
         )
+
+
+def _left_warnings(skeleton: Skeleton) -> list[str]:
+    """Large parameters of blocks that belong to no linear, so that they stay as they are."""
+    own = {f"{linear.name}.weight" for linear in skeleton.linears()}
+    sizes = {f"{skeleton.blocks_name}.{name}": p.numel() for name, p in skeleton.blocks.named_parameters() if p.ndim > 1}
+    left = {name: size for name, size in sizes.items() if name not in own}
+    share = sum(left.values()) / max(sum(sizes.values()), 1)
+    if share < LEFT_FRACTION:
+        return []
+    largest = max(left, key=lambda name: left[name])
+    return [f"{share:.0%} of the weights of the blocks are in no linear, such as {largest}: they stay as they are"]
 
 
 def _warnings(config: QuantConfig, linears: tuple[LinearPlan, ...]) -> list[str]:

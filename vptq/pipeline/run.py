@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -365,4 +365,15 @@ class _Run:
             if f.get("damping_retries")
         ]
         seconds = time.perf_counter() - self.started
-        return RunResult(self.job.folder, figures, bits, perplexities, (*self.plan.warnings, *mended), seconds)
+        warnings = (*self.plan.warnings, *self._starved(figures), *mended)
+        return RunResult(self.job.folder, figures, bits, perplexities, warnings, seconds)
+
+    def _starved(self, figures: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Experts that saw fewer tokens than they have inputs: what is calibrated on is not what they need."""
+        experts = {piece.name.removesuffix(".weight") for piece in self.skeleton.form.pieces} - set(self.kept)
+        few = [f for f in figures if f["name"] in experts and f.get("tokens", 0) < f["shape"][1]]
+        if not few:
+            return []
+        worst = min(few, key=lambda f: f["tokens"])
+        way = "more text" if self.config.calibration.moe_all_experts else "--moe_all_experts True, or more text,"
+        return [f"{len(few)} linears of experts saw too few tokens, {worst['name']} {worst['tokens']}: {way} may help"]

@@ -11,7 +11,6 @@ import torch
 from vptq.calibration.hessian_store import HessianStore, label_of
 from vptq.calibration.runs import share_runs, subtrees_of
 from vptq.data import TokenSequences
-from vptq.errors import UsageError
 from vptq.models.architecture import Skeleton
 from vptq.models.remote import remove
 from vptq.pipeline.calibrate import CalibrationText
@@ -159,14 +158,9 @@ class Quantizing:
         wanted = any(linear.name not in self.kept for linear in todo)
 
         def works(fresh: Mapping[str, HessianSource]) -> list[tuple[Work, float]]:
-            hessians = dict(fresh) | self._kept_hessians(todo)
-            unseen = [linear.name for linear in todo if linear.info.suffix not in hessians]
-            if unseen:
-                raise UsageError(
-                    "no calibration token reaches these linears",
-                    where=unseen,
-                    hint="calibrate with more text (--nsamples, --dataset)",
-                )
+            equal = {size: EqualInputs(size) for size in {linear.info.in_features for linear in todo}}
+            unseen = {linear.info.suffix: equal[linear.info.in_features] for linear in todo}  # experts that no token chose
+            hessians = unseen | dict(fresh) | self._kept_hessians(todo)
             keeping: list[tuple[Work, float]] = [(work, 0.0) for work in self._keeping(block, todo, fresh)]
             return keeping + self._quantizing(todo, hessians)
 

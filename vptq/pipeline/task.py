@@ -79,6 +79,7 @@ def quantize_batch(
             "name": plan.name,
             "shape": [plan.info.out_features, plan.info.in_features],
             "bits": plan.bits.stored / plan.bits.num_weights,
+            "tokens": hessians[plan.info.suffix].num_tokens,
             **asdict(report),
             "kmeans_iterations": list(report.kmeans_iterations),
             "kmeans_objectives": list(report.kmeans_objectives),

@@ -16,6 +16,7 @@ from vptq.calibration.fisher import batches_at_once, token_weights
 from vptq.calibration.hessian import BlockSums, Hessian
 from vptq.models.architecture import Skeleton, load_skeleton
 from vptq.models.device import forced_dtype
+from vptq.models.experts import all_tokens
 from vptq.models.files import save_tensors
 from vptq.models.prefetch import PrefetchingFolder
 from vptq.models.remote import Mirror, fetch, know
@@ -100,14 +101,16 @@ class Worker:
             tries: how often it failed before. short_of_memory: how often of these memory ran out.
         """
         if isinstance(work, Calibrate):
-            return self._calibrate(work, progress, short_of_memory > 0)
+            with all_tokens(self.skeleton.model, self.job.config.calibration.moe_all_experts):
+                return self._calibrate(work, progress, short_of_memory > 0)
         if isinstance(work, QuantizeLinears):
             return self._quantize(work, tries, short_of_memory)
         if isinstance(work, MeasureLinears):
             return self._measure(work)
         if isinstance(work, KeepHessian):
             return self._keep_hessian(work)
-        return self._weigh(work, progress)
+        with all_tokens(self.skeleton.model, self.job.config.calibration.moe_all_experts):
+            return self._weigh(work, progress)
 
     def prefetch(self, work: Work | None) -> None:
         """Begin to read what a work will need."""
