@@ -6,8 +6,8 @@
         --run "--mode block" --run "--mode e2e --add row_scales biases --steps 400" --run "--mode e2e --train head scales"
 
 Every run is a `vptq finetune` of each checkpoint, with the words of --common and its own. *Taken* is the part of the excess of
-log-perplexity over the original that is gone. The times are of runs that share the GPU, unless --at_once is 1. The losses on the
-held-out text are drawn in OUTPUT_DIR/curves.png.
+log-perplexity over the original that is gone. The times are of runs that share the GPU, unless --at_once is 1. The losses on
+the held-out text are drawn in OUTPUT_DIR/curves.png.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from vptq.config import LinearConfig
 from vptq.errors import UsageError
 from vptq.geometry import Geometry, index_bits, plan_geometry
 from vptq.layer_config import LayerConfig, read_quantization_config
+from vptq.layouts import Shapes, quantization_entry
 from vptq.models.headers import read_config, read_headers
 from vptq.models.shapes import LinearShape, ModelShapes
 from vptq.recipe import FLOAT_BITWIDTH
@@ -169,8 +170,8 @@ def checkpoint_bits(folder: Path) -> ModelBits:
         CheckpointError: no packed checkpoint, or a damaged one.
     """
     config = read_config(folder)
-    layers = read_quantization_config(config.get("quantization_config", {}), str(folder))
     entries = read_headers(folder)
+    layers = read_quantization_config(quantization_entry(config), str(folder), lambda: _packed_shapes(folder))
     linears, counted = [], set()
     for name, layer in layers.items():
         names = [*layer.tensor_shapes(), *(["bias"] if layer.added_bias else [])]
@@ -180,6 +181,12 @@ def checkpoint_bits(folder: Path) -> ModelBits:
     others = [entry for name, entry in entries.items() if name not in counted]
     other_weights = sum(math.prod(entry.shape) for entry in others)
     return ModelBits(tuple(linears), sum(e.num_bytes for e in others) * 8, other_weights)
+
+
+def _packed_shapes(folder: Path) -> Shapes:
+    from vptq.models.architecture import load_skeleton, packed_shapes  # noqa: PLC0415 (torch, only where config.json lacks them)
+
+    return packed_shapes(load_skeleton(folder).model, read_headers(folder))
 
 
 def _checkpoint_linear(name: str, layer: LayerConfig, stored: dict[str, int]) -> LinearBits:

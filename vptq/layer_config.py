@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from vptq.config import LinearConfig
 from vptq.errors import CheckpointError
 from vptq.geometry import RING_UNIT, WORD_BITS, Geometry, index_bits
+from vptq.layouts import Shapes, spread_settings
 from vptq.recipe import FLOAT_BITWIDTH
 
 PLAIN_VERSION = 1
@@ -163,6 +165,8 @@ class LayerConfig:
         missing = [key for key in PLAIN_KEYS if key not in entry and key != "indices_as_float"]
         if missing:
             raise CheckpointError(f"`{name}` in quantization_config lacks settings", where=missing)
+        if entry.get("norm_dim"):
+            raise CheckpointError(f"`{name}` is normalised by rows (norm_dim), a form that is not read")
         if not entry["is_indice_packed"] or entry.get("indices_as_float"):
             raise CheckpointError(
                 f"`{name}` has unpacked indices, a form that is not read", hint="pack the checkpoint with the tool that made it"
@@ -266,8 +270,13 @@ def quantization_config(layers: dict[str, LayerConfig]) -> dict[str, Any]:
     return config
 
 
-def read_quantization_config(entry: dict[str, Any], where: str) -> dict[str, LayerConfig]:
-    """The inverse of `quantization_config`. Raises CheckpointError for another method or a later version."""
+def read_quantization_config(entry: dict[str, Any], where: str, shapes: Callable[[], Shapes] = dict) -> dict[str, LayerConfig]:
+    """The inverse of `quantization_config`. Raises CheckpointError for another method or a later version.
+
+    Args:
+        entry: of `layouts.quantization_entry`. where: for messages. shapes: of the quantized linears; asked only where linears
+            share settings.
+    """
     if entry.get("quant_method") != "vptq":
         method = entry.get("quant_method")
         raise CheckpointError(
@@ -280,7 +289,7 @@ def read_quantization_config(entry: dict[str, Any], where: str) -> dict[str, Lay
             f"`{where}` has format version {version}; this vptq reads up to {EXTENDED_VERSION}",
             hint="pip install --upgrade vptq",
         )
-    layers = entry.get("config_for_layers") or {}
+    layers = spread_settings(entry, where, shapes)
     if not layers:
         raise CheckpointError(f"`{where}` names no quantized linears (config_for_layers is empty)")
     found = {name: LayerConfig.from_dict(name, value) for name, value in layers.items()}

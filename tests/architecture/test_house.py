@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[2] / "vptq"
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 # From the street up: a room may import from its own floor's file or from a room further down in this list, never up.
 FLOORS = [
-    "errors", "recipe", "fields", "checks", "config", "finetune_config", "geometry", "layer_config", "backend", "data",
-    "models", "bits", "calibration", "quantize", "nn", "evaluation", "checkpoint", "finetune", "pipeline", "cli",
+    "errors", "recipe", "fields", "checks", "config", "finetune_config", "geometry", "layouts", "layer_config", "backend",
+    "data", "models", "bits", "calibration", "quantize", "nn", "evaluation", "checkpoint", "finetune", "pipeline", "cli",
 ]  # fmt: skip
 INSIDE = {  # order of files within a room, from the street up
     "models": [
@@ -169,6 +169,7 @@ TORCH_FREE = [
     "config",
     "finetune_config",
     "geometry",
+    "layouts",
     "layer_config",
     "bits",
     "models.headers",

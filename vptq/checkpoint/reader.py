@@ -12,10 +12,11 @@ from torch import Tensor
 
 from vptq.checkpoint.names import check_tensors
 from vptq.errors import UsageError
-from vptq.layer_config import LayerConfig, read_quantization_config
-from vptq.models.architecture import Skeleton, check_weights, load_skeleton, resolve_folder, tied_names
+from vptq.layer_config import LayerConfig, quantization_config, read_quantization_config
+from vptq.layouts import METHOD, quantization_entry
+from vptq.models.architecture import Skeleton, check_weights, load_skeleton, packed_shapes, resolve_folder, tied_names
 from vptq.models.device import forced_dtype, resolve_device
-from vptq.models.headers import read_config
+from vptq.models.headers import read_config, read_headers
 from vptq.models.stream import FolderSource, TensorSource, load_module
 from vptq.nn.reference import dequantize_packed
 from vptq.nn.replace import replace_linears
@@ -34,8 +35,7 @@ TORCH_DTYPES = {
 
 def is_packed(folder: Path) -> bool:
     """Whether a model folder is a packed VPTQ checkpoint."""
-    entry = read_config(folder).get("quantization_config")
-    return isinstance(entry, dict) and entry.get("quant_method") == "vptq"
+    return quantization_entry(read_config(folder)).get("quant_method") == METHOD
 
 
 def refuse_packed(folder: Path) -> None:
@@ -44,9 +44,13 @@ def refuse_packed(folder: Path) -> None:
         raise UsageError(f"`{folder}` is quantized already", hint="give the original model")
 
 
-def read_layers(folder: Path) -> dict[str, LayerConfig]:
+def read_layers(folder: Path, trust_remote_code: bool = False) -> dict[str, LayerConfig]:
     """The quantized linears of a packed checkpoint."""
-    return read_quantization_config(read_config(folder).get("quantization_config", {}), str(folder))
+    return read_quantization_config(
+        quantization_entry(read_config(folder)),
+        str(folder),
+        lambda: packed_shapes(load_skeleton(folder, trust_remote_code).model, read_headers(folder)),
+    )
 
 
 class DequantizedSource:
@@ -124,7 +128,7 @@ def open_packed(
     Raises:
         CheckpointError: a folder that is missing, damaged, not packed, or of a later format version.
     """
-    layers = read_layers(folder)
+    layers = read_layers(folder, trust_remote_code)
     skeleton = load_skeleton(folder, trust_remote_code, dtype)
     source = skeleton.source()
     check_weights(skeleton, source, quantized=layers)
@@ -153,10 +157,10 @@ def load_quantized(
     """
     target = resolve_device(str(device))
     folder = resolve_folder(str(path))
-    skeleton, source, _ = open_packed(folder, dtype, trust_remote_code)
+    skeleton, source, layers = open_packed(folder, dtype, trust_remote_code)
     model = skeleton.model
     fill_model(skeleton, source, target, dtype)
-    model.config.quantization_config = read_config(folder)["quantization_config"]  # so that saving it again keeps it
+    model.config.quantization_config = quantization_config(layers)  # so that saving it again keeps it
     with contextlib.suppress(OSError):
         model.generation_config = _generation_config(folder)
     keep_weights(model, cache_weights)

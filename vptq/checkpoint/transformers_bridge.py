@@ -58,20 +58,7 @@ def _make_classes() -> tuple[type, type]:
                 raise ValueError("packed VPTQ linears can't be offloaded to disk; leave `disk` out of device_map")
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-            import torch  # noqa: PLC0415
-
-            from vptq.layer_config import read_quantization_config  # noqa: PLC0415
-            from vptq.models.form import parents, unify  # noqa: PLC0415
-            from vptq.nn.replace import replace_linears  # noqa: PLC0415
-
-            where = getattr(model.config, "_name_or_path", "") or "the checkpoint"
-            layers = read_quantization_config(self.quantization_config.to_dict(), where)
-            _check_files(kwargs.get("checkpoint_files"), where, layers)
-            holders = {parent for name in layers for parent in parents(name)} | set(layers)
-            unify(model, (), wanted=lambda name: name in holders)
-            replace_linears(model, layers)
-            for name in layers:  # some models begin the weights of linears by name, although they are read from files
-                model.get_submodule(name).weight = torch.empty(0)
+            _put_in(model, self.quantization_config.to_dict(), kwargs.get("checkpoint_files"))
 
         def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
             from vptq.nn.vquant_linear import VQuantLinear, prepare_kernels  # noqa: PLC0415
@@ -93,11 +80,31 @@ def _make_classes() -> tuple[type, type]:
     return VptqConfig, VptqQuantizer
 
 
-def _check_files(checkpoint_files: list[str] | None, where: str, layers: dict) -> None:
-    """transformers only warns of missing tensors and goes on with noise; a packed checkpoint is checked before."""
-    from vptq.checkpoint.reader import check_packed  # noqa: PLC0415 (torch and transformers are loaded by now)
-    from vptq.models.stream import FolderSource  # noqa: PLC0415
+def _put_in(model: Any, config: dict[str, Any], checkpoint_files: list[str] | None) -> None:
+    """Packed linears where the checkpoint has them, in place.
 
+    transformers only warns of missing tensors and goes on with noise; so the files are checked before.
+    """
+    import torch  # noqa: PLC0415 (these are loaded by now)
+
+    from vptq.checkpoint.reader import check_packed  # noqa: PLC0415
+    from vptq.layer_config import read_quantization_config  # noqa: PLC0415
+    from vptq.layouts import quantization_entry  # noqa: PLC0415
+    from vptq.models.architecture import packed_shapes  # noqa: PLC0415
+    from vptq.models.form import parents, unify  # noqa: PLC0415
+    from vptq.models.stream import FolderSource  # noqa: PLC0415
+    from vptq.nn.replace import replace_linears  # noqa: PLC0415
+
+    where = getattr(model.config, "_name_or_path", "") or "the checkpoint"
     folder = Path(checkpoint_files[0]).parent if checkpoint_files else Path(where)
-    if folder.is_dir():
-        check_packed(FolderSource(folder), layers)
+    source = FolderSource(folder) if folder.is_dir() else None
+    names = source.entries if source else ()
+    entry = quantization_entry({"quantization_config": config})
+    layers = read_quantization_config(entry, where, lambda: packed_shapes(model, names))
+    if source:
+        check_packed(source, layers)
+    holders = {parent for name in layers for parent in parents(name)} | set(layers)
+    unify(model, (), wanted=lambda name: name in holders)
+    replace_linears(model, layers)
+    for name in layers:  # some models begin the weights of linears by name, although they are read from files
+        model.get_submodule(name).weight = torch.empty(0)

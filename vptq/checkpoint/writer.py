@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from vptq.layer_config import LayerConfig, quantization_config
+from vptq.layouts import without_quantization
 from vptq.models.files import save_json, save_tensors, writing_to
 from vptq.models.form import Form, parents
 from vptq.models.headers import INDEX_NAME, SINGLE_NAME, read_config
@@ -137,7 +138,7 @@ def write_packed(
         ((name, source.get_stored(name)) for name in source.entries if name not in used),
         ((f"{linear}.{key}", tensor) for linear, stored in packed for key, tensor in stored.items()),
     )
-    config = read_config(source.folder) | {"quantization_config": quantization_config(dict(layers))}
+    config = without_quantization(read_config(source.folder)) | {"quantization_config": quantization_config(dict(layers))}
     if any(layer.weight_of for layer in layers.values()):
         config["tie_word_embeddings"] = False  # the packed head finds its embeddings by itself
     _write_model(folder, source, tensors, config)
@@ -195,7 +196,7 @@ def write_changed(
             writer.add(name, source.get_stored(name) if tensor is None else tensor.cpu())
         for name, tensor in left.items():
             writer.add(name, tensor.cpu())
-        config = read_config(source.folder)
+        config = without_quantization(read_config(source.folder))
         writer.add_json("config.json", config | {"quantization_config": quantization_config(dict(layers))})
         writer.copy_files(source.folder, with_code="auto_map" in config)
 
@@ -209,7 +210,7 @@ def write_unpacked(
         form: of the packed model. layers: its quantized linears. weights: (linear name, weight in the model's type) for those
             that store one.
     """
-    config = {key: value for key, value in read_config(source.folder).items() if key != "quantization_config"}
+    config = without_quantization(read_config(source.folder))
     if any(layer.weight_of for layer in layers.values()):
         config["tie_word_embeddings"] = True  # as it was before the head was packed as the embeddings
     fused = {piece.name for piece in form.pieces}

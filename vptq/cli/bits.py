@@ -12,6 +12,7 @@ from vptq.cli.options import add_fields, make_parser, merge_settings, normalise_
 from vptq.cli.show import bits_table, write_json
 from vptq.config import LinearConfig, QuantConfig
 from vptq.errors import UsageError
+from vptq.layouts import quantization_entry
 from vptq.models.headers import read_config
 from vptq.models.shapes import KNOWN_MODELS, ModelShapes, can_derive, config_folder, known_shapes, shapes_from_config
 
@@ -65,7 +66,7 @@ def _count(shape: str | None, model_name: str | None, given: dict[str, Any]) -> 
         return model_bits(known_shapes(model_name), config.linear)
     folder = config_folder(model_name)
     model_config = read_config(folder)
-    if isinstance(model_config.get("quantization_config"), dict):
+    if quantization_entry(model_config):
         vector_settings = sorted(set(given) & {f for f in LinearConfig.__dataclass_fields__})
         if vector_settings:
             raise UsageError(

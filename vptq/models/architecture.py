@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vptq.errors import CheckpointError, UsageError
+from vptq.layouts import quantization_entry
 from vptq.models.form import Form, unify
 from vptq.models.headers import is_hub_name, read_config, read_headers
 from vptq.models.shapes import LinearShape, ModelShapes
@@ -118,13 +119,14 @@ def load_skeleton(folder: Path, trust_remote_code: bool = False, dtype: torch.dt
     from accelerate import init_empty_weights  # noqa: PLC0415 (slow imports, only where a model is built)
     from transformers import AutoConfig  # noqa: PLC0415
 
-    method = (read_config(folder).get("quantization_config") or {}).get("quant_method", "vptq")
+    method = quantization_entry(read_config(folder)).get("quant_method", "vptq")
     if method != "vptq":
         raise CheckpointError(f"`{folder}` is quantized by {method!r}, which is not read", hint="give the unquantized original")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
         stored = _stored_dtype(folder, config)
         setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype or stored)
         with init_empty_weights(include_buffers=False):
@@ -164,7 +166,7 @@ def _tensor_names(folder: Path) -> Collection[str]:
 
 def _add_biases(model: Any, folder: Path) -> None:
     """Linears that a packed checkpoint gives a bias, where the model's own have none."""
-    layers = (read_config(folder).get("quantization_config") or {}).get("config_for_layers") or {}
+    layers = quantization_entry(read_config(folder)).get("config_for_layers") or {}
     for name in [name for name, entry in layers.items() if entry.get("added_bias")]:
         try:
             linear = model.get_submodule(name)
@@ -204,6 +206,16 @@ def _stored_dtype(folder: Path, config: Any) -> torch.dtype:
     except CheckpointError:  # config.json alone is enough to count bits
         return torch.float16
     return FLOAT_TYPES[max(set(kinds), key=kinds.count)] if kinds else torch.float32
+
+
+def packed_shapes(model: nn.Module, names: Collection[str]) -> dict[str, tuple[int, int, bool]]:
+    """Of the linears of a model that are packed in a folder: out_features, in_features, whether there is a bias.
+
+    names: of the tensors in the files.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = {name: linear for name, linear in linears.items() if f"{name}.indices" in names}
+    return {name: (own.out_features, own.in_features, own.bias is not None) for name, own in found.items()}
 
 
 def skeleton_shapes(folder: Path) -> ModelShapes:
