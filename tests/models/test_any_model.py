@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.models.zoo import ARCHITECTURES, make_tiny
 from vptq.checkpoint.reader import load_quantized, load_whole
 from vptq.config import QuantConfig
-from vptq.models.architecture import load_skeleton
+from vptq.errors import CheckpointError, UsageError
+from vptq.models.architecture import check_weights, load_skeleton
 from vptq.pipeline.evaluate import load_windows
 from vptq.pipeline.run import quantize_model
 
@@ -98,3 +101,77 @@ def test_perplexity_of_blocks_is_that_of_the_whole(run):
             logits = own_model(path)(input_ids=tokens).logits[:, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         assert figures.perplexity == pytest.approx(loss.exp().item(), rel=1e-3)
+
+
+def test_the_table_of_models_tells_of_it(run):
+    """docs/models.md has this row; what it promises is what the tests above try."""
+    kind, folder, _ = run
+    skeleton = load_skeleton(folder)
+    last = len(skeleton.blocks) - 1
+    chosen = [linear.suffix for linear in skeleton.linears() if linear.block == last and not skeleton.is_router(linear)]
+    names = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", suffix) for suffix in chosen))
+    own = "Conv1D" if skeleton.form.transposed else "fused experts" if skeleton.form.pieces else "linears"
+    row = f"| `{kind}` | {type(skeleton.model).__name__} | {own} | {', '.join(names)} |"
+    table = (Path(__file__).parents[2] / "docs/models.md").read_text(encoding="utf-8")
+    assert row in table.splitlines(), f"docs/models.md lacks this row:\n{row}"
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_in_several_files_of_any_float_type(kind, dtype, tmp_path):
+    folder = make_tiny(kind, tmp_path / "m", dtype, max_shard_size="200KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    skeleton = load_skeleton(folder)
+    source = skeleton.source()
+    check_weights(skeleton, source)
+    model = own_model(folder)
+    assert skeleton.dtype == dtype
+    for name, tensor in own_tensors(skeleton, source).items():
+        assert torch.equal(tensor.float(), model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_files_may_hold_experts_fused(kind, tmp_path):
+    """As a model saves them that is written without transformers' way back to the names of before."""
+    folder = make_tiny(kind, tmp_path / "m")
+    wanted = logits(own_model(folder))
+    state = {name: tensor.clone() for name, tensor in own_model(folder).state_dict().items()}
+    assert any("gate_up_proj" in name for name in state)
+    save_file(state, folder / "model.safetensors")
+    skeleton = load_skeleton(folder)
+    source = skeleton.source()
+    check_weights(skeleton, source)
+    assert torch.allclose(logits(load_whole(str(folder), "cpu")), wanted, atol=1e-5)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in own_tensors(skeleton, source).items())
+
+
+def own_tensors(skeleton, source):
+    """All parameters, read one by one, as transformers' own modules hold them."""
+    names = [name for name, _ in skeleton.model.named_parameters() if source.has(name)]  # not what is tied
+    return dict(skeleton.form.as_own((name, source.get(name)) for name in names))
+
+
+def test_experts_with_norms_are_refused(tmp_path, monkeypatch):
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    folder = make_tiny("mixtral", tmp_path / "m")
+    monkeypatch.setattr(MixtralExperts, "has_post_expert_norm", True, raising=False)
+    real = MixtralExperts.__init__
+
+    def marked(self, *args, **named):
+        real(self, *args, **named)
+        self.has_post_expert_norm = True
+
+    monkeypatch.setattr(MixtralExperts, "__init__", marked)
+    with pytest.raises(UsageError, match=r"experts in `model.layers.0.mlp.experts` are not handled"):
+        load_skeleton(folder)
+
+
+def test_files_of_another_model_are_told(tmp_path):
+    folder = make_tiny("gpt_neox", tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    save_file({f"other.{name}": tensor for name, tensor in state.items()}, folder / "model.safetensors")
+    skeleton = load_skeleton(folder)
+    with pytest.raises(CheckpointError, match="not those of the model") as caught:
+        check_weights(skeleton, skeleton.source())
+    assert "another transformers" in caught.value.hint
