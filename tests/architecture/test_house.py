@@ -94,9 +94,10 @@ INSIDE = {  # order of files within a room, from the street up
         "vquant_linear",
         "decoder_block",
         "vquant_embedding",
+        "ranges",
         "replace",
     ],
-    "checkpoint": ["on_import", "names", "writer", "reader", "transformers_bridge"],
+    "checkpoint": ["on_import", "names", "record", "writer", "reader", "verify", "transformers_bridge"],
     "finetune": [
         "trainable",
         "unpacked",
@@ -160,7 +161,20 @@ INSIDE = {  # order of files within a room, from the street up
         "estimate",
         "forecast",
     ],
-    "cli": ["options", "show", "plan", "finetune", "quantize", "eval_ppl", "eval_kl", "eval_tasks", "generate", "bits", "main"],
+    "cli": [
+        "options",
+        "show",
+        "plan",
+        "finetune",
+        "quantize",
+        "eval_ppl",
+        "eval_kl",
+        "eval_tasks",
+        "generate",
+        "bits",
+        "inspect",
+        "main",
+    ],
 }
 TORCH_FREE = [
     "errors",

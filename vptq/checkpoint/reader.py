@@ -18,6 +18,7 @@ from vptq.models.architecture import Skeleton, check_weights, load_skeleton, pac
 from vptq.models.device import forced_dtype, resolve_device
 from vptq.models.headers import read_config, read_headers
 from vptq.models.stream import FolderSource, TensorSource, load_module
+from vptq.nn.ranges import check_indices
 from vptq.nn.reference import dequantize_packed
 from vptq.nn.replace import replace_linears
 from vptq.nn.vquant_linear import cache_weights as keep_weights
@@ -163,6 +164,7 @@ def load_quantized(
     model.config.quantization_config = quantization_config(layers)  # so that saving it again keeps it
     with contextlib.suppress(OSError):
         model.generation_config = _generation_config(folder)
+    check_indices(model)
     keep_weights(model, cache_weights)
     prepare_kernels(model)
     return model.eval()

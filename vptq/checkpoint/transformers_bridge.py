@@ -61,12 +61,14 @@ def _make_classes() -> tuple[type, type]:
             _put_in(model, self.quantization_config.to_dict(), kwargs.get("checkpoint_files"))
 
         def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
+            from vptq.nn.ranges import check_indices  # noqa: PLC0415
             from vptq.nn.vquant_linear import VQuantLinear, prepare_kernels  # noqa: PLC0415
 
             for module in model.modules():
                 if isinstance(module, VQuantLinear):
                     module.requires_grad_(False)  # transformers 5 turns it on for every float tensor
                     vars(module).pop("weight", None)
+            check_indices(model)
             prepare_kernels(model)
             return model
 

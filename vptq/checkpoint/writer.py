@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vptq.checkpoint.record import RECORD, make_record
 from vptq.layer_config import LayerConfig, quantization_config
 from vptq.layouts import without_quantization
 from vptq.models.files import save_json, save_tensors, writing_to
@@ -42,9 +43,11 @@ class CheckpointWriter:
     Args:
         folder: the final folder. An older one of that name is replaced.
         max_shard_bytes: tensors go into one more file past this size.
+        errors: None, or what goes into the record of a packed checkpoint: proxy errors by linear, as far as they are known.
     """
 
-    def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES, errors: Mapping[str, float] | None = None) -> None:
+        self.errors = errors
         self.folder = folder
         self.partial = folder.with_name(f"{folder.name}{PARTIAL}")
         self.max_shard_bytes = max_shard_bytes
@@ -92,6 +95,8 @@ class CheckpointWriter:
             return
         self._flush()
         self._name_shards()
+        if self.errors is not None:
+            self.add_json(RECORD, make_record(self.partial, self.errors))
         shutil.rmtree(self.folder, ignore_errors=True)
         os.replace(self.partial, self.folder)
         publish_folder(self.folder, last=CONFIG_NAME)
@@ -122,12 +127,13 @@ def write_packed(
     parameters: Collection[str],
     layers: Mapping[str, LayerConfig],
     packed: Iterable[tuple[str, dict[str, Tensor]]],
+    errors: Mapping[str, float],
 ) -> None:
     """A packed checkpoint: everything of the original but the quantized weights, and the packed tensors instead.
 
     Args:
         form: in what the model's modules and files differ. parameters: the model's own parameter names, which the tensors are
-            written under. packed: (linear name, its stored tensors) for every name in `layers`.
+            written under. packed: (linear name, its stored tensors) for every name in `layers`. errors: proxy errors by linear.
     """
     replaced = {f"{linear}.weight" for linear in layers}
     kept = [name for name in parameters if name not in replaced and source.has(name)]
@@ -141,7 +147,7 @@ def write_packed(
     config = without_quantization(read_config(source.folder)) | {"quantization_config": quantization_config(dict(layers))}
     if any(layer.weight_of for layer in layers.values()):
         config["tie_word_embeddings"] = False  # the packed head finds its embeddings by itself
-    _write_model(folder, source, tensors, config)
+    _write_model(folder, source, tensors, config, errors)
 
 
 def write_dequantized(
@@ -190,7 +196,7 @@ def write_changed(
     """
     own_names = {source.file_name(name): name for name in parameters}
     left = dict(changed)
-    with CheckpointWriter(folder) as writer:
+    with CheckpointWriter(folder, errors={}) as writer:
         for name in source.entries:
             tensor = left.pop(own_names.get(name, name), None)
             writer.add(name, source.get_stored(name) if tensor is None else tensor.cpu())
@@ -227,8 +233,14 @@ def write_unpacked(
     _write_model(folder, source, tensors, config)
 
 
-def _write_model(folder: Path, source: FolderSource, tensors: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> None:
-    with CheckpointWriter(folder) as writer:
+def _write_model(
+    folder: Path,
+    source: FolderSource,
+    tensors: Iterable[tuple[str, Tensor]],
+    config: dict[str, Any],
+    errors: Mapping[str, float] | None = None,
+) -> None:
+    with CheckpointWriter(folder, errors=errors) as writer:
         for name, tensor in tensors:
             writer.add(name, tensor)
         writer.add_json("config.json", config)

@@ -18,6 +18,7 @@ COMMANDS = {
     "eval-kl": ("vptq.cli.eval_kl", "how far a quantized model's predictions are from its original's"),
     "eval-tasks": ("vptq.cli.eval_tasks", "zero-shot tasks through lm-eval, packed models included"),
     "generate": ("vptq.cli.generate", "let a model write on, packed models included"),
+    "inspect": ("vptq.cli.inspect", "what a packed checkpoint holds: settings, bits and error of every linear; --verify"),
     "bits": ("vptq.cli.bits", "bits per weight of a setting, a model or a saved checkpoint"),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -40,14 +40,14 @@ class Results:
             return self.job.tensors(name) | {key: shared[key] for key in shared if key in layer.codebook_shapes()}
         return packed_tensors(FolderSource(self.job.folder / "packed_model", self.original.base_prefix), name, layer)
 
-    def write(self, config: QuantConfig, progress: Progress) -> None:
-        """The checkpoints that are asked for and not there yet."""
+    def write(self, config: QuantConfig, progress: Progress, errors: Mapping[str, float]) -> None:
+        """The checkpoints that are asked for and not there yet. errors: proxy errors by linear, as far as they are known."""
         parameters = [name for name, _ in self.skeleton.model.named_parameters()]
         packed, model = self.job.folder / "packed_model", self.job.folder / "model"
         if config.save_packed_model and not is_whole(packed):
             progress.phase("writing packed_model")
             tensors = ((name, self.job.tensors(name)) for name in self.stored)
-            write_packed(packed, self.original, self.skeleton.form, parameters, self.layers, tensors)
+            write_packed(packed, self.original, self.skeleton.form, parameters, self.layers, tensors, errors)
         if config.save_model and not is_whole(model):
             progress.phase("writing model")
             write_dequantized(model, self.original, self.skeleton.form, parameters, list(self.layers), self._dequantized())

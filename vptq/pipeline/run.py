@@ -228,7 +228,8 @@ class _Run:
         finally:
             self.executor.close()
             self.source.close()
-        self._results().write(self.config, self.progress)
+        errors = {name: figures["error"] for name, figures in self.figures.items() if figures.get("error") is not None}
+        self._results().write(self.config, self.progress, errors)
         perplexities = self._evaluate()
         return self._conclude(perplexities)
 
