@@ -14,6 +14,7 @@ from vptq.recipe import FLOAT_BITWIDTH
 
 PLAIN_VERSION = 1
 EXTENDED_VERSION = 2
+LARGEST = 1 << 31  # of any size or count
 PLAIN_KEYS = (
     "in_features",
     "out_features",
@@ -173,6 +174,11 @@ class LayerConfig:
             )
         known = {f for f in cls.__dataclass_fields__ if f in entry}
         values: dict[str, Any] = {key: tuple(entry[key]) if isinstance(entry[key], list) else entry[key] for key in known}
+        strange = [
+            f"{f.name} is {entry[f.name]!r}" for f in fields(cls) if f.name in known and not _fits(values[f.name], f.type)
+        ]
+        if strange:
+            raise CheckpointError(f"`{name}` in quantization_config has settings that can't be", where=strange)
         config = cls(**values)
         config._check(name)
         return config
@@ -254,6 +260,15 @@ class LayerConfig:
             words = -(-k * vector_len * self.bitwidth // WORD_BITS)
             shapes[f"{name}.packed"] = ((codebooks, words), "int32")
             shapes[f"{name}.scales"] = ((codebooks, -(-k // self.bsize)), "float")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the kind that a field is annotated with."""
+    if kind == "tuple[int, int]":
+        return isinstance(value, tuple) and len(value) == 2 and all(_fits(part, "int") for part in value)
+    if kind == "int":
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
+    return isinstance(value, bool if kind == "bool" else str)
 
 
 def _num_scales(config: LinearConfig, geometry: Geometry) -> int:

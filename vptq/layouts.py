@@ -45,8 +45,7 @@ def spread_settings(entry: Mapping[str, Any], where: str, shapes: Callable[[], S
     Raises:
         CheckpointError: linears that no settings are for.
     """
-    layers = {str(name): dict(value) for name, value in (entry.get("config_for_layers") or {}).items()}
-    shared: Mapping[str, Mapping[str, Any]] = entry.get("shared_layer_config") or {}
+    layers, shared = (_settings(entry, key, where) for key in ("config_for_layers", "shared_layer_config"))
     if not shared:
         return layers
     for name, (out_features, in_features, has_bias) in shapes().items():
@@ -59,6 +58,13 @@ def spread_settings(entry: Mapping[str, Any], where: str, shapes: Callable[[], S
         if layers[name]["group_size"] == -1:
             layers[name]["group_size"] = (in_features - layers[name]["outlier_size"]) // layers[name]["group_num"]
     return layers
+
+
+def _settings(entry: Mapping[str, Any], key: str, where: str) -> dict[str, dict[str, Any]]:
+    found = entry.get(key) or {}
+    if not isinstance(found, Mapping) or not all(isinstance(value, Mapping) for value in found.values()):
+        raise CheckpointError(f"`{where}`: {key} in config.json holds no settings of linears", hint="get config.json anew")
+    return {str(name): dict(value) for name, value in found.items()}
 
 
 def _is_flat(entry: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,19 +48,27 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 raise ValueError("the header's length does not fit the file")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        entries = {}
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            if not 0 <= start <= end <= size - 8 - length:
-                raise ValueError(f"`{name}` lies past the end of the file: it is cut short")
-            entries[name] = TensorEntry(tuple(entry["shape"]), entry["dtype"], end - start, path, 8 + length + start)
+        entries = {name: _entry(name, entry, path, 8 + length, size) for name, entry in header.items()}
     except FileNotFoundError:
         raise CheckpointError(f"`{path}` is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"`{path}` is no readable safetensors file", where=[str(error)], hint="get the file anew"
         ) from error
     return entries
+
+
+def _entry(name: str, stated: dict, path: Path, first: int, size: int) -> TensorEntry:
+    """One entry of a header, whose data begins at byte `first`. Raises ValueError and others where it can't be true."""
+    start, end = stated["data_offsets"]
+    shape, dtype = tuple(stated["shape"]), stated["dtype"]
+    if not all(isinstance(number, int) and number >= 0 for number in (start, end, *shape)) or not isinstance(dtype, str):
+        raise ValueError(f"`{name}` has no shape, type and place that can be")
+    if not start <= end <= size - first:
+        raise ValueError(f"`{name}` lies past the end of the file: it is cut short")
+    if dtype in DTYPE_BITS and math.prod(shape) * DTYPE_BITS[dtype] != 8 * (end - start):
+        raise ValueError(f"`{name}` has {end - start} bytes, not those of its shape")
+    return TensorEntry(shape, dtype, end - start, path, first + start)
 
 
 def read_headers(folder: Path) -> dict[str, TensorEntry]:
@@ -67,8 +76,11 @@ def read_headers(folder: Path) -> dict[str, TensorEntry]:
     index = folder / INDEX_NAME
     if index.exists():
         try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, OSError) as error:
+            names = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            strange = [name for name in names.values() if not isinstance(name, str) or Path(name).name != name or name == ".."]
+            if strange:
+                raise ValueError(f"{strange[0]!r} is no file of the folder")
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise CheckpointError(f"`{index}` is damaged", where=[str(error)], hint="get the file anew") from error
         found: dict[str, TensorEntry] = {}
         for name in sorted(set(names.values())):
@@ -105,7 +117,7 @@ def read_config(folder: Path) -> dict:
             raise ValueError("not a JSON object")
     except FileNotFoundError:
         raise CheckpointError(f"`{folder}` holds no config.json", hint="give a model folder as transformers saves it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"`{path}` is damaged", where=[str(error)], hint="get the file anew") from error
     return config
 
