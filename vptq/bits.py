@@ -26,6 +26,18 @@ from vptq.recipe import FLOAT_BITWIDTH
 IDEAL_ITEMS = ("indices", "residual_indices", "outlier_indices", "codebooks", "residual_codebooks", "outlier_codebooks")
 EXTRA_ITEMS = ("padding", "codebook_scales", "perm", "scale_and_offset")
 ITEMS = IDEAL_ITEMS + EXTRA_ITEMS
+ITEM_NAMES = {
+    "indices": "indices",
+    "residual_indices": "residual indices",
+    "outlier_indices": "outlier indices",
+    "codebooks": "codebooks",
+    "residual_codebooks": "residual codebooks",
+    "outlier_codebooks": "outlier codebooks",
+    "padding": "padding",
+    "codebook_scales": "scales of codebooks",
+    "perm": "column order (perm)",
+    "scale_and_offset": "scale and offset",
+}
 SCALES = ("weight_scale", "weight_bias", "row_scale", "bias")
 KIND_BITS = {"int32": 32, "int16": 16}
 

@@ -128,6 +128,9 @@ INSIDE = {  # order of files within a room, from the street up
         "run_folder",
         "job",
         "outcome",
+        "plots",
+        "report",
+        "facts",
         "first_plan",
         "hessians",
         "task",
@@ -173,6 +176,7 @@ INSIDE = {  # order of files within a room, from the street up
         "generate",
         "bits",
         "inspect",
+        "report",
         "main",
     ],
 }

@@ -30,9 +30,12 @@ EXAMPLES = int(os.environ.get("VPTQ_FUZZ", "8"))
 MOST_BYTES = 2 << 30  # beyond what is there before
 MOST_SECONDS = 20
 KINDS = {
-    "plain": {"num_res_centroids": [-1, 16], "vector_lens": [4, 4], "num_centroids": [16, 16], "npercent": 10, "enable_perm": True},
+    "plain": {
+        "num_res_centroids": [-1, 16], "vector_lens": [4, 4], "num_centroids": [16, 16], "npercent": 10, "enable_perm": True,
+    },
     "rotated": {
-        "rotation": "hadamard", "codebook_scope": "shared", "vector_lens": [-1, 1], "num_centroids": [-1, 16], "trellis_bits": 2,
+        "rotation": "hadamard", "codebook_scope": "shared", "vector_lens": [-1, 1], "num_centroids": [-1, 16],
+        "trellis_bits": 2,
     },
     "rows": {"vector_quant_dim": "in", "vector_lens": [-1, 2], "num_centroids": [-1, 24], "bitwidth": 6},
 }  # fmt: skip
@@ -92,9 +95,10 @@ def fuzzed(function):
     )(function)
 
 
+SIZES = [-1, 0, 1, 2, 31, 33, 65537, 2**31, 2**32, 2**63, 2**64, 10**30]
 VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.sampled_from([-1, 0, 1, 2, 31, 33, 65537, 2**31, 2**32, 2**63, 2**64, 10**30]),
-    st.floats(), st.text(max_size=5), st.lists(st.integers(-2, 2**40), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+    st.none(), st.booleans(), st.integers(), st.sampled_from(SIZES), st.floats(), st.text(max_size=5),
+    st.lists(st.integers(-2, 2**40), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )  # fmt: skip
 
 

@@ -104,7 +104,8 @@ def test_blocks_learn(kind, wishes, checkpoints):
         assert not any("centroids" in name for name in names), "they belong to the whole model"
     reload_alike(result.folder / "packed_model")
     assert {p.name for p in result.folder.iterdir()} == {
-        ".lock", "config.yaml", "curves.json", "curves.png", "job.json", "logs", "packed_model", "ppl_results.json"
+        ".lock", "config.yaml", "curves.json", "curves.png", "job.json", "logs", "packed_model", "ppl_results.json",
+        "report.html", "run.json",
     }  # fmt: skip
     curves = json.loads((result.folder / "curves.json").read_text())["curves"]
     passes = ("1 outputs", "2 predictions", "3 predictions")

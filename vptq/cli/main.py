@@ -19,6 +19,7 @@ COMMANDS = {
     "eval-tasks": ("vptq.cli.eval_tasks", "zero-shot tasks through lm-eval, packed models included"),
     "generate": ("vptq.cli.generate", "let a model write on, packed models included"),
     "inspect": ("vptq.cli.inspect", "what a packed checkpoint holds: settings, bits and error of every linear; --verify"),
+    "report": ("vptq.cli.report", "make report.html of a run folder anew: bits, perplexities, errors along depth, settings"),
     "bits": ("vptq.cli.bits", "bits per weight of a setting, a model or a saved checkpoint"),
 }
 

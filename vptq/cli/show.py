@@ -9,22 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vptq.bits import ITEMS, ModelBits
+from vptq.bits import ITEM_NAMES, ITEMS, ModelBits
 from vptq.errors import UsageError
 from vptq.pipeline.progress import table
-
-ITEM_NAMES = {
-    "indices": "indices",
-    "residual_indices": "residual indices",
-    "outlier_indices": "outlier indices",
-    "codebooks": "codebooks",
-    "residual_codebooks": "residual codebooks",
-    "outlier_codebooks": "outlier codebooks",
-    "padding": "padding",
-    "codebook_scales": "scales of codebooks",
-    "perm": "column order (perm)",
-    "scale_and_offset": "scale and offset",
-}
 
 
 def bits_table(bits: ModelBits) -> str:

@@ -33,8 +33,10 @@ from vptq.models.headers import fingerprint
 from vptq.models.stream import FolderSource
 from vptq.nn.reference import dequantize_packed
 from vptq.pipeline.evaluate import load_windows, make_runner, resolve_seq_len
+from vptq.pipeline.facts import FILE, command_of, run_facts
 from vptq.pipeline.prediction_pass import check_room
 from vptq.pipeline.progress import Progress, Silent
+from vptq.pipeline.report import report_on
 from vptq.pipeline.tune_adapters import AdapterTuning, check_adapters
 from vptq.pipeline.tune_blocks import BlockTuning
 from vptq.pipeline.tune_job import TEXT, TuneJob
@@ -324,6 +326,9 @@ class _Run:
         self.job.drop_work()
         self.progress.finish()
         seconds = time.perf_counter() - self.started
+        command = command_of("finetune", self.config.to_flat(), FinetuneConfig().to_flat())
+        save_json(self.job.folder / FILE, run_facts(command, seconds, self.device, ()))
+        report_on(self.job.folder, self._note)
         return TuneResult(self.job.folder, bits, held_out, loss, perplexities, seconds)
 
     def _told(self, phase: str, units: float) -> None:

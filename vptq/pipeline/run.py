@@ -34,12 +34,14 @@ from vptq.pipeline.codebooks import prepare_codebooks
 from vptq.pipeline.cost import fisher_units, forward_units, linear_units
 from vptq.pipeline.evaluate import load_windows
 from vptq.pipeline.executors import make_executor
+from vptq.pipeline.facts import FILE, command_of, run_facts
 from vptq.pipeline.first_plan import ALLOCATION, first_plan
 from vptq.pipeline.fold import choose_fold, open_folder
 from vptq.pipeline.job import Job
 from vptq.pipeline.outcome import RunResult, finished_result
 from vptq.pipeline.plan import LinearPlan, RunPlan, check_disk
 from vptq.pipeline.progress import Progress, Silent
+from vptq.pipeline.report import report_on
 from vptq.pipeline.results import Results
 from vptq.pipeline.schedule import BlockWalk, Watch
 from vptq.pipeline.settle import Context, run_notes, settle
@@ -367,6 +369,10 @@ class _Run:
         ]
         seconds = time.perf_counter() - self.started
         warnings = (*self.plan.warnings, *self._starved(figures), *mended)
+        flat = self.config.to_flat()
+        command = command_of("quantize", flat, QuantConfig().to_flat())
+        save_json(self.job.folder / FILE, run_facts(command, seconds, self.device, warnings))
+        report_on(self.job.folder, self._note)
         return RunResult(self.job.folder, figures, bits, perplexities, warnings, seconds)
 
     def _starved(self, figures: Sequence[Mapping[str, Any]]) -> list[str]:

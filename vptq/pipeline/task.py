@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,6 +81,7 @@ def quantize_batch(
             "shape": [plan.info.out_features, plan.info.in_features],
             "bits": plan.bits.stored / plan.bits.num_weights,
             "tokens": hessians[plan.info.suffix].num_tokens,
+            "codebook_use": codebook_use(quantized.indices, plan.config.num_centroids[1]),
             **asdict(report),
             "kmeans_iterations": list(report.kmeans_iterations),
             "kmeans_objectives": list(report.kmeans_objectives),
@@ -87,6 +89,19 @@ def quantize_batch(
         tensors = {key: tensor.cpu() for key, tensor in to_tensors(quantized, plan.layer, task.dtype).items()}
         finished.append(Finished(plan.name, tensors, figures))
     return finished
+
+
+def codebook_use(indices: Tensor, num_centroids: int) -> float:
+    """Entropy of a linear's main indices, as a part of the most it can be; mean over groups.
+
+    indices: (group_num, ...) integer.
+    """
+    if num_centroids < 2:
+        return 1.0
+    counts = torch.stack([torch.bincount(own.flatten().long(), minlength=num_centroids) for own in indices]).double()
+    shares = counts / counts.sum(1, keepdim=True)
+    entropy = -torch.xlogy(shares, shares).sum(1)
+    return (entropy.mean() / math.log(num_centroids)).item()
 
 
 def keep(finished: Finished, job: Job, worker: int) -> dict[str, Any]:

@@ -1,0 +1,63 @@
+"""What a finished run tells of itself beside its figures: `run.json`."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vptq.recipe import HUB_NAMES
+
+FILE = "run.json"
+PACKAGES = ("vptq", "torch", "transformers", "triton", "safetensors", "numpy")
+PATHS = ("model_name", "original", "dataset", "eval_dataset", "output_dir", "hessian_path", "sensitivity_path", "cache_dir")
+
+
+def run_facts(command: str, seconds: float, device: torch.device, warnings: Sequence[str]) -> dict[str, Any]:
+    """Of the process that ends a run. command: as it could be typed again."""
+    gpu = device.type == "cuda"
+    cpu = f"CPU, {platform.machine()}, {torch.get_num_threads()} threads"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "command": command,
+        "seconds": seconds,
+        "device": torch.cuda.get_device_name(device) if gpu else cpu,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if gpu else None,
+        "peak_main_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "versions": {name: _version(name) for name in PACKAGES if _version(name)} | {"python": platform.python_version()},
+        "warnings": list(warnings),
+    }
+
+
+def command_of(name: str, settings: Mapping[str, Any], usual: Mapping[str, Any], whole_paths: bool = True) -> str:
+    """A command that gives a run's settings: `vptq NAME` with flags for what is not as usual.
+
+    Args:
+        settings, usual: flat. whole_paths: else of paths the last part, for others to read.
+    """
+    words = ["vptq", name]
+    for key, value in settings.items():
+        if value == usual.get(key) or value is None or isinstance(value, Mapping):
+            continue
+        values = value if isinstance(value, list | tuple) else [value]
+        short = key in PATHS and not whole_paths
+        words += [f"--{key}", *(_last_part(str(one)) if short else str(one) for one in values)]
+    return shlex.join(words)
+
+
+def _last_part(word: str) -> str:
+    return word if word in HUB_NAMES or not Path(word).is_absolute() else Path(word).name
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
