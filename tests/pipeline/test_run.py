@@ -68,7 +68,8 @@ def whole(tiny_llama, text_file, tmp_path_factory):
 def test_run_folder_has_its_form(whole, tiny_llama):
     assert whole.folder.parts[-3:-1] == (tiny_llama.name, "v4_c16")
     names = {p.name for p in whole.folder.iterdir()}
-    assert names == {"job.json", "config.yaml", "logs", "packed_model", "linears.json", ".lock"}
+    made = {"linears.json", "run.json", "report.html", "plots"}
+    assert names == {"job.json", "config.yaml", "logs", "packed_model", ".lock"} | made
     log = (whole.folder / "logs" / "0.log").read_text().splitlines()
     lines = [line for line in log if "proxy error" in line]
     assert len(lines) == 14
@@ -425,7 +426,8 @@ def test_a_run_behind_a_url(num_gpus, whole, tiny_llama, text_file, tmp_path):
         quantize_model(QuantConfig(), resume=url + "/nothing")
     result = quantize_model(QuantConfig(), resume=stop.folder)
     assert packed_bytes(there) == packed_bytes(result.folder) == packed_bytes(whole.folder)
-    assert {p.name for p in there.iterdir()} == {"job.json", "config.yaml", "logs", "packed_model", "linears.json"}
+    made = {"linears.json", "run.json", "report.html", "plots"}
+    assert {p.name for p in there.iterdir()} == {"job.json", "config.yaml", "logs", "packed_model"} | made
     assert json.loads((there / "job.json").read_text())["finished"]
     logs = "".join(path.read_text() for path in (there / "logs").iterdir())
     assert logs.count("proxy error") == 14

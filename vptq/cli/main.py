@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": ("vptq.cli.generate", "let a model write on, packed models included"),
     "inspect": ("vptq.cli.inspect", "what a packed checkpoint holds: settings, bits and error of every linear; --verify"),
     "report": ("vptq.cli.report", "make report.html of a run folder anew: bits, perplexities, errors along depth, settings"),
+    "push": ("vptq.cli.push", "upload a packed checkpoint and its model card to the Hugging Face hub"),
     "bits": ("vptq.cli.bits", "bits per weight of a setting, a model or a saved checkpoint"),
 }
 

@@ -32,6 +32,7 @@ from vptq.models.files import save_json
 from vptq.models.headers import fingerprint
 from vptq.models.stream import FolderSource
 from vptq.nn.reference import dequantize_packed
+from vptq.pipeline.card import write_card
 from vptq.pipeline.evaluate import load_windows, make_runner, resolve_seq_len
 from vptq.pipeline.facts import FILE, command_of, run_facts
 from vptq.pipeline.prediction_pass import check_room
@@ -322,13 +323,15 @@ class _Run:
         results["training_seconds"] = sum(entries[-1].get("seconds", 0.0) for entries in histories.values())
         results["bits"] = {k: v for k, v in bits.to_dict().items() if k.endswith("per_weight")}
         save_json(self.job.folder / "ppl_results.json", results)
-        self.job.save(finished=True)
-        self.job.drop_work()
-        self.progress.finish()
         seconds = time.perf_counter() - self.started
         command = command_of("finetune", self.config.to_flat(), FinetuneConfig().to_flat())
         save_json(self.job.folder / FILE, run_facts(command, seconds, self.device, ()))
         report_on(self.job.folder, self._note)
+        if (self.job.folder / "packed_model").exists():
+            write_card(self.job.folder, self.original, self.config.original)
+        self.job.save(finished=True)
+        self.job.drop_work()
+        self.progress.finish()
         return TuneResult(self.job.folder, bits, held_out, loss, perplexities, seconds)
 
     def _told(self, phase: str, units: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -105,7 +106,7 @@ def _draw(paint: Callable[[Any], None]) -> Any:
 
 def _error_along_depth(axes: Any, figures: Sequence[Mapping[str, Any]], blocks: str, kind: str) -> None:
     for number, (key, label) in enumerate(STAGES.items()):
-        line = by_kind(figures, blocks, lambda figure, key=key: figure[key]).get(kind)
+        line = by_kind(figures, blocks, operator.itemgetter(key)).get(kind)
         if line:
             style = {"color": COLORS[number], "marker": "o", "markersize": 2.5, "linewidth": 1.2}
             axes.plot(list(line), list(line.values()), label=label, **style)

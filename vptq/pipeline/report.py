@@ -6,12 +6,14 @@ import html
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vptq.bits import ITEM_NAMES, ITEMS, ModelBits, checkpoint_bits
 from vptq.errors import CheckpointError, UsageError, VptqError
 from vptq.models.files import whole_file
+from vptq.pipeline.facts import FILE
 from vptq.pipeline.plots import as_svg, by_kind, quantization_plots, save_plots
 
 NAME = "report.html"
@@ -47,9 +49,8 @@ def write_report(folder: Path) -> Path:
     Raises:
         UsageError: no folder of a finished quantization or fine-tuning.
     """
-    job, linears, figures, run = (_read(folder, name) for name in ("job.json", "linears.json", "ppl_results.json", "run.json"))
-    if not isinstance(job, Mapping) or (linears is None and figures is None):
-        raise UsageError(f"`{folder}` is no folder of a finished run", hint="give one that `vptq quantize` or `finetune` made")
+    found = read_run(folder)
+    job, linears, figures, run = found.job, found.linears, found.results, found.facts
     packed = folder / "packed_model"
     bits = None
     try:
@@ -57,8 +58,7 @@ def write_report(folder: Path) -> Path:
     except VptqError:
         bits = None  # the rest is worth showing
     settings = job.get("settings") or {}
-    parts = [_head(job, settings, folder), _tiles(bits, figures or {}, linears or [], run or {}), _warnings(run or {})]
-    parts.append(_perplexities(figures or {}))
+    parts = [_head(job, settings, folder), _tiles(bits, figures, linears, run), _warnings(run), _perplexities(figures)]
     if bits is not None:
         parts.append(_bits_table(bits))
     if linears:
@@ -66,7 +66,7 @@ def write_report(folder: Path) -> Path:
     curves = folder / "curves.png"
     if curves.exists():
         parts.append("<h2>Training</h2>" + _embedded(curves))
-    parts.append(_settings(settings, run or {}))
+    parts.append(_settings(settings, run))
     title = html.escape(f"{_model_name(settings)}: vptq {job.get('command', '')}")
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -76,6 +76,24 @@ def write_report(folder: Path) -> Path:
     with whole_file(folder / NAME) as partial:
         partial.write_text(page, encoding="utf-8")
     return folder / NAME
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run folder's JSON files hold: settings, figures of linears, perplexities, facts; empty where there are none."""
+
+    job: Mapping[str, Any]
+    linears: Sequence[Mapping[str, Any]]
+    results: Mapping[str, Any]
+    facts: Mapping[str, Any]
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Read a run folder. Raises UsageError where it is none of a finished quantization or fine-tuning."""
+    job, linears, results, facts = (_read(folder, name) for name in ("job.json", "linears.json", "ppl_results.json", FILE))
+    if not isinstance(job, Mapping) or (linears is None and results is None):
+        raise UsageError(f"`{folder}` is no folder of a finished run", hint="give one that `vptq quantize` or `finetune` made")
+    return FinishedRun(job, linears or [], results or {}, facts or {})
 
 
 def report_on(folder: Path, note: Callable[[str], None]) -> None:

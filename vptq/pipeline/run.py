@@ -30,6 +30,7 @@ from vptq.models.headers import fingerprint, folder_bytes
 from vptq.models.remote import is_url
 from vptq.models.runner import BlockRunner
 from vptq.models.stream import TensorSource
+from vptq.pipeline.card import write_card
 from vptq.pipeline.codebooks import prepare_codebooks
 from vptq.pipeline.cost import fisher_units, forward_units, linear_units
 from vptq.pipeline.evaluate import load_windows
@@ -357,11 +358,6 @@ class _Run:
             results["bits"] = {k: v for k, v in bits.to_dict().items() if k.endswith("per_weight")}
             save_json(self.job.folder / "ppl_results.json", results)
         save_json(self.job.folder / "linears.json", list(figures))
-        self.job.save(finished=True)
-        self.job.drop_token_weights()
-        if packed.exists():
-            self.job.drop_work()
-        self.progress.finish()
         mended = [
             f"{f['name']}: damping raised to {f['damping_frac']:g} ({f['damping_retries']} retries)"
             for f in figures
@@ -373,6 +369,13 @@ class _Run:
         command = command_of("quantize", flat, QuantConfig().to_flat())
         save_json(self.job.folder / FILE, run_facts(command, seconds, self.device, warnings))
         report_on(self.job.folder, self._note)
+        if packed.exists():
+            write_card(self.job.folder, self.skeleton.folder, self.config.model_name)
+        self.job.save(finished=True)
+        self.job.drop_token_weights()
+        if packed.exists():
+            self.job.drop_work()
+        self.progress.finish()
         return RunResult(self.job.folder, figures, bits, perplexities, warnings, seconds)
 
     def _starved(self, figures: Sequence[Mapping[str, Any]]) -> list[str]:
