@@ -128,6 +128,7 @@ INSIDE = {  # order of files within a room, from the street up
         "run_folder",
         "job",
         "outcome",
+        "selftest",
         "facts",
         "plots",
         "report",
@@ -166,6 +167,7 @@ INSIDE = {  # order of files within a room, from the street up
         "forecast",
     ],
     "cli": [
+        "commands",
         "options",
         "show",
         "plan",
@@ -179,6 +181,8 @@ INSIDE = {  # order of files within a room, from the street up
         "inspect",
         "report",
         "push",
+        "doctor",
+        "completion",
         "main",
     ],
 }
