@@ -23,7 +23,8 @@ PATHS = ("model_name", "original", "dataset", "eval_dataset", "output_dir", "hes
 def run_facts(command: str, seconds: float, device: torch.device, warnings: Sequence[str]) -> dict[str, Any]:
     """Of the process that ends a run. command: as it could be typed again."""
     gpu = device.type == "cuda"
-    cpu = f"CPU, {platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "command": command,

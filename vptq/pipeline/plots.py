@@ -105,14 +105,17 @@ def _draw(paint: Callable[[Any], None]) -> Any:
 
 
 def _error_along_depth(axes: Any, figures: Sequence[Mapping[str, Any]], blocks: str, kind: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter  # noqa: PLC0415 (slow import)
+
     for number, (key, label) in enumerate(STAGES.items()):
         line = by_kind(figures, blocks, operator.itemgetter(key)).get(kind)
         if line:
             style = {"color": COLORS[number], "marker": "o", "markersize": 2.5, "linewidth": 1.2}
             axes.plot(list(line), list(line.values()), label=label, **style)
     axes.set(title=kind, xlabel="block", ylabel="proxy error", yscale="log")
-    for choose in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        choose(_plainly)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(_plainly)
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _plainly(value: float, _place: int) -> str:
