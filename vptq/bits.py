@@ -175,15 +175,19 @@ def model_bits(shapes: ModelShapes, config: LinearConfig) -> ModelBits:
     return ModelBits(tuple(found), shapes.other_weights * shapes.float_bits, shapes.other_weights)
 
 
-def checkpoint_bits(folder: Path) -> ModelBits:
+def checkpoint_bits(folder: Path, layers: Mapping[str, LayerConfig] | None = None) -> ModelBits:
     """What is really in a saved packed checkpoint: the bytes of its tensors.
+
+    Args:
+        layers: its quantized linears, where they have been read already.
 
     Raises:
         CheckpointError: no packed checkpoint, or a damaged one.
     """
     config = read_config(folder)
     entries = read_headers(folder)
-    layers = read_quantization_config(quantization_entry(config), str(folder), lambda: _packed_shapes(folder))
+    if layers is None:
+        layers = read_quantization_config(quantization_entry(config), str(folder), lambda: _packed_shapes(folder))
     linears, counted = [], set()
     for name, layer in layers.items():
         names = [*layer.tensor_shapes(), *(["bias"] if layer.added_bias else [])]

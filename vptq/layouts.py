@@ -55,8 +55,9 @@ def spread_settings(entry: Mapping[str, Any], where: str, shapes: Callable[[], S
         usual = {"out_features": out_features, "in_features": in_features, "bias": has_bias, "is_indice_packed": True}
         stated = {key: value for key, value in own.items() if not (key in ("out_features", "in_features") and value == -1)}
         layers[name] = usual | stated
-        if layers[name]["group_size"] == -1:
-            layers[name]["group_size"] = (in_features - layers[name]["outlier_size"]) // layers[name]["group_num"]
+        outliers, groups = layers[name].get("outlier_size"), layers[name].get("group_num")
+        if layers[name].get("group_size") == -1 and isinstance(outliers, int) and isinstance(groups, int) and groups > 0:
+            layers[name]["group_size"] = (in_features - outliers) // groups
     return layers
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -108,8 +107,8 @@ def test_the_table_of_models_tells_of_it(run):
     kind, folder, _ = run
     skeleton = load_skeleton(folder)
     last = len(skeleton.blocks) - 1
-    chosen = [linear.suffix for linear in skeleton.linears() if linear.block == last and not skeleton.is_router(linear)]
-    names = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", suffix) for suffix in chosen))
+    chosen = [linear.kind for linear in skeleton.linears() if linear.block == last and not skeleton.is_router(linear)]
+    names = list(dict.fromkeys(chosen))
     own = "Conv1D" if skeleton.form.transposed else "fused experts" if skeleton.form.pieces else "linears"
     row = f"| `{kind}` | {type(skeleton.model).__name__} | {own} | {', '.join(names)} |"
     table = (Path(__file__).parents[2] / "docs/models.md").read_text(encoding="utf-8")
@@ -175,3 +174,22 @@ def test_files_of_another_model_are_told(tmp_path):
     with pytest.raises(CheckpointError, match="not those of the model") as caught:
         check_weights(skeleton, skeleton.source())
     assert "another transformers" in caught.value.hint
+
+
+def test_experts_stored_transposed(tmp_path, monkeypatch):
+    """Under the same name, with matrices turned, as the table of some models says."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    folder = make_tiny("mixtral", tmp_path / "m")
+    state = {name: tensor.clone() for name, tensor in own_model(folder).state_dict().items()}
+    names = [name for name in state if name.endswith(("gate_up_proj", "down_proj")) and state[name].ndim == 3]
+    save_file({n: t.transpose(1, 2).contiguous() if n in names else t for n, t in state.items()}, folder / "model.safetensors")
+    parts = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    table = [WeightConverter(part, part, [Transpose(1, 2, check_dims=True)]) for part in parts]
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: table)
+    skeleton = load_skeleton(folder)
+    source = skeleton.source()
+    check_weights(skeleton, source)
+    found = own_tensors(skeleton, source)
+    assert len(names) == 4 and all(torch.equal(found[name], state[name]) for name in names)

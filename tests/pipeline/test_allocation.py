@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from vptq.config import QuantConfig
@@ -83,3 +84,24 @@ def test_sensitivities_are_kept_and_belong_to_one_model(tmp_path):
         path.write_text(damage)
         with pytest.raises(CheckpointError, match="can't be read"):
             read_sensitivity(path, "model-1", same, ["a"])
+
+
+def test_thousands_of_linears_share_the_budget():
+    """One price for all comes as near as the exact choice, and never over; units of the exact one would be too coarse."""
+    from vptq.pipeline.allocation import _by_price, _knapsack
+
+    generator = np.random.default_rng(0)
+    sizes = generator.choice([1000, 1500], 60)
+    bits = [[int(size * rate) for rate in (1, 1.5, 2, 2.5, 3, 4)] for size in sizes]
+    losses = [[float(weight * 4.0**-rate) for rate in (1, 1.5, 2, 2.5, 3, 4)] for weight in generator.lognormal(size=60)]
+    total = lambda values, chosen: sum(own[c] for own, c in zip(values, chosen, strict=True))  # noqa: E731
+    for rate in (1.01, 1.3, 2, 2.25, 3.9):
+        budget = rate * sizes.sum()
+        exact, priced = _knapsack(bits, losses, budget), _by_price(bits, losses, budget)
+        assert total(bits, priced) <= budget
+        assert total(losses, priced) <= 1.02 * total(losses, exact)
+    many = [bits[n % 60] for n in range(20_000)], [losses[n % 60] for n in range(20_000)]
+    budget = 2.0 * sum(own[0] for own in many[0])
+    chosen = _by_price(*many, budget)
+    assert 0.999 * budget < total(many[0], chosen) <= budget and len(set(chosen)) > 3
+    assert _by_price([[10, 20]] * 3, [[0.0, 0.0]] * 3, 30) == [0, 0, 0], "no more bits than are there, though nothing gains"

@@ -74,14 +74,17 @@ def test_an_originals_card_may_be_of_any_form(text, run, tmp_path):
 class Hub:
     """What huggingface_hub is asked for."""
 
-    def __init__(self, fault=None):
-        self.asked, self.fault = [], fault
+    def __init__(self, fault=None, private=True):
+        self.asked, self.fault, self.private = [], fault, private
 
     def create_repo(self, repo, **named):
         self.asked.append(("create", repo, named))
         if self.fault:
             raise self.fault
         return SimpleNamespace(repo_id=repo)
+
+    def repo_info(self, repo):
+        return SimpleNamespace(private=self.private)
 
     def upload_folder(self, **named):
         self.asked.append(("upload", named["repo_id"], named))
@@ -110,3 +113,33 @@ def test_a_hub_that_refuses_is_told(run, monkeypatch, capsys):
 def test_bad_input_is_told(words, message, run, capsys):
     assert main(["push", *(str(run[0]) if word == "ORIGINAL" else word for word in words)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_public_repository_gets_nothing_private(run, monkeypatch, capsys):
+    hub = Hub(private=False)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    assert main(["push", str(run[1]), "--repo", "me/small", "--private"]) == 2
+    assert "there and public" in capsys.readouterr().err and [kind for kind, *_ in hub.asked] == ["create"]
+
+
+def test_settings_without_a_flag_are_in_the_card(run, tmp_path):
+    original, folder = run
+    other = tmp_path / "run"
+    shutil.copytree(folder, other)
+    job = json.loads((other / "job.json").read_text())
+    job["settings"]["per_linear"] = {"*.o_proj": {"num_centroids": [-1, 64]}}
+    (other / "job.json").write_text(json.dumps(job))
+    _, body = parts(write_card(other, original, None))
+    assert "--config per_linear.yaml" in body
+    told = yaml.safe_load(re.search(r"```yaml\n(.*?)```", body, re.DOTALL)[1])
+    assert told == {"per_linear": {"*.o_proj": {"num_centroids": [-1, 64]}}}
+
+
+def test_a_model_that_sees_says_how_it_is_loaded(run, tmp_path):
+    original, folder = run
+    other = tmp_path / "run"
+    shutil.copytree(folder, other)
+    config = json.loads((other / "packed_model/config.json").read_text())
+    (other / "packed_model/config.json").write_text(json.dumps(config | {"vision_config": {}}))
+    head, body = parts(write_card(other, original, None))
+    assert head["pipeline_tag"] == "image-text-to-text" and "AutoModelForImageTextToText" in body and "AutoProcessor" in body

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tests.models.zoo import make_tiny
+from tests.models.zoo import BASE, make_tiny
 from vptq.calibration.hessian import BlockHessians
 from vptq.checkpoint.reader import load_quantized
 from vptq.cli.main import main
@@ -49,6 +49,29 @@ def test_globs_choose_linears(tiny_llama):
 def test_routers_stay_unless_they_are_named(moe):
     assert not [name for name in chosen(moe) if "shared_expert_gate" in name]
     assert "model.layers.0.mlp.shared_expert_gate" in chosen(moe, include=["*"])
+
+
+@pytest.mark.parametrize(
+    "kind, routers",
+    [
+        ("jetmoe", {"mlp.router.layer", "self_attention.experts.router.layer"}),
+        ("deepseek_v3", set()),
+        ("qwen2_moe", {"mlp.shared_expert_gate"}),
+    ],
+)
+def test_routers_are_found_by_experts_and_outputs(kind, routers, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "num_key_value_heads": 2}
+    folder = tmp_path / kind
+    if kind == "jetmoe":
+        config = AutoConfig.for_model(kind, **{k: v for k, v in BASE.items() if k != "num_attention_heads"} | sizes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    else:
+        make_tiny(kind, folder)
+    skeleton = load_skeleton(folder)
+    last = [linear for linear in skeleton.linears() if linear.block == 1]
+    assert {linear.suffix for linear in last if skeleton.is_router(linear)} == routers
 
 
 def test_settings_of_single_linears(tiny_llama):
@@ -192,3 +215,23 @@ def test_hooks_see_each_expert(moe):
         experts(torch.randn(10, 32), torch.tensor([[0, 1]] * 10), torch.ones(10, 2))
         watcher.end_run()
     assert set(watcher.collect().leaders) == {f"{n}.{p}" for n in (0, 1) for p in ("gate_proj", "up_proj", "down_proj")}
+
+
+def test_a_plan_shows_experts_as_one(moe, text_file, capsys):
+    words = f"plan --model_name {moe} --dataset {text_file} --vector_lens -1 4 --num_centroids -1 16 --nsamples 4 --seq_len 32"
+    assert main([*words.split(), "--device", "cpu"]) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("mlp.experts")]
+    assert rows == ["mlp.experts.*.gate_proj", "mlp.experts.*.up_proj", "mlp.experts.*.down_proj"]
+
+
+def test_linears_rotated_in_their_own_ways_are_not_folded(tmp_path):
+    from vptq.pipeline.fold import Fold, choose_fold
+
+    skeleton = load_skeleton(make_tiny("llama", tmp_path / "m"))
+    rotated = {"rotation": "hadamard", "codebook_scope": "shared", "vector_lens": [-1, 4], "num_centroids": [-1, 256]}
+    ask = lambda **changes: choose_fold(QuantConfig.from_flat(rotated | changes), skeleton)  # noqa: E731
+    assert isinstance(ask(), Fold) and isinstance(ask(skip=["*.o_proj"]), Fold)
+    assert ask(per_linear={"*.o_proj": {"rotation_seed": 1}}) is None
+    assert ask(skip=["*.o_proj"], rotation_sides="in") is None
+    with pytest.raises(UsageError, match="can't be folded"):
+        ask(per_linear={"*.o_proj": {"rotation_seed": 1}}, fold=True)

@@ -113,7 +113,8 @@ def open_source(skeleton: Skeleton, device: torch.device) -> TensorSource:
     if not is_packed(skeleton.folder):
         check_weights(skeleton, source)
         return source
-    layers = read_layers(skeleton.folder)
+    entry, shapes = quantization_entry(read_config(skeleton.folder)), packed_shapes(skeleton.model, source.entries)
+    layers = read_quantization_config(entry, str(skeleton.folder), lambda: shapes)
     check_weights(skeleton, source, quantized=layers)
     check_packed(source, layers)
     return DequantizedSource(source, layers, lambda name: packed_tensors(source, name, layers[name]), skeleton.dtype, device)

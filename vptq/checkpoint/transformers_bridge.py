@@ -100,13 +100,14 @@ def _put_in(model: Any, config: dict[str, Any], checkpoint_files: list[str] | No
     where = getattr(model.config, "_name_or_path", "") or "the checkpoint"
     folder = Path(checkpoint_files[0]).parent if checkpoint_files else Path(where)
     source = FolderSource(folder) if folder.is_dir() else None
-    names = source.entries if source else ()
     entry = quantization_entry({"quantization_config": config})
-    layers = read_quantization_config(entry, where, lambda: packed_shapes(model, names))
+    packed = {name.removesuffix(".indices") for name in (source.entries if source else ()) if name.endswith(".indices")}
+    packed |= set(entry.get("config_for_layers") or ())
+    holders = {parent for name in packed for parent in parents(name)} | packed
+    unify(model, {}, wanted=lambda name: name in holders)
+    layers = read_quantization_config(entry, where, lambda: packed_shapes(model, source.entries if source else ()))
     if source:
         check_packed(source, layers)
-    holders = {parent for name in layers for parent in parents(name)} | set(layers)
-    unify(model, (), wanted=lambda name: name in holders)
     replace_linears(model, layers)
     for name in layers:  # some models begin the weights of linears by name, although they are read from files
         model.get_submodule(name).weight = torch.empty(0)

@@ -53,7 +53,7 @@ def _changed_files(folder: Path, told: Callable[[str], None]) -> Iterator[str]:
     for name, digest in (stated if isinstance(stated, dict) else {}).items():
         path = folder / Path(str(name)).name
         told(path.name)
-        if not path.exists():
+        if not path.is_file():
             yield f"{path.name}: missing"
         elif file_hash(path) != digest:
             yield f"{path.name}: not the file that was written (SHA-256 differs)"

@@ -34,6 +34,9 @@ COPIED_PATTERNS = (
     "chat_template*",
     "*.tiktoken",
     "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "*processor_config.json",
 )
 
 
@@ -52,6 +55,7 @@ class CheckpointWriter:
         self.partial = folder.with_name(f"{folder.name}{PARTIAL}")
         self.max_shard_bytes = max_shard_bytes
         self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._total_bytes = 0
 
@@ -64,10 +68,10 @@ class CheckpointWriter:
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor; written once a shard is full."""
         size = tensor.numel() * tensor.element_size()
-        pending = sum(t.numel() * t.element_size() for t in self._pending.values())
-        if self._pending and pending + size > self.max_shard_bytes:
+        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
             self._flush()
         self._pending[name] = tensor
+        self._pending_bytes += size
         self._total_bytes += size
 
     def add_json(self, name: str, value: Any) -> None:
@@ -84,7 +88,7 @@ class CheckpointWriter:
     def _flush(self) -> None:
         save_tensors(self._shard_path(len(self._shards)), self._pending)
         self._shards.append(list(self._pending))
-        self._pending = {}
+        self._pending, self._pending_bytes = {}, 0
 
     def _shard_path(self, number: int) -> Path:
         return self.partial / f"shard-{number}"

@@ -43,7 +43,8 @@ def run(argv: Sequence[str]) -> int:
         return _verify(folder, args.trust_remote_code, args.json)
     from vptq.checkpoint.reader import read_layers
 
-    layers, bits, errors = read_layers(folder, args.trust_remote_code), checkpoint_bits(folder), _errors(folder)
+    layers, errors = read_layers(folder, args.trust_remote_code), _errors(folder)
+    bits = checkpoint_bits(folder, layers)
     if args.json is not None:
         found = {"linears": [_entry(own, layers[own.name], errors) for own in bits.linears], "bits": bits.to_dict()}
         write_json(found, args.json)
@@ -69,7 +70,8 @@ def _errors(folder: Path) -> dict[str, float]:
     from vptq.checkpoint.record import read_record
 
     found = read_record(folder).get("proxy_error")
-    return {str(name): float(value) for name, value in found.items()} if isinstance(found, dict) else {}
+    numbers = found.items() if isinstance(found, dict) else ()
+    return {name: float(value) for name, value in numbers if isinstance(value, int | float)}
 
 
 def _verify(folder: Path, trust_remote_code: bool, target: str | None) -> int:

@@ -106,7 +106,7 @@ def _linear_rows(linears: Sequence[LinearPlan]) -> list[tuple[str, ...]]:
     for linear in linears:
         bits = f"{linear.bits.stored / linear.bits.num_weights:.3f}" if linear.bits.num_weights else "as the embeddings"
         shape = f"{linear.info.out_features}x{linear.info.in_features}"
-        alike.setdefault((linear.info.suffix, shape, _setting(linear), bits), []).append(linear)
+        alike.setdefault((linear.info.kind, shape, _setting(linear), bits), []).append(linear)
     rows: list[tuple[str, ...]] = [("linear", "blocks", "shape", "setting", "stored bits a weight")]
     for (suffix, shape, setting, bits), group in alike.items():
         rows.append((suffix, _ranges([linear.info.block for linear in group]), shape, setting, bits))

@@ -31,10 +31,14 @@ def run(argv: Sequence[str]) -> int:
     api = HfApi()
     try:
         repo = api.create_repo(args.repo, private=args.private, exist_ok=True)
+        if args.private and not api.repo_info(repo.repo_id).private:
+            raise UsageError(f"`{repo.repo_id}` is there and public", hint="give another --repo, or leave out --private")
         say(f"uploading {folder} to {repo.repo_id}")
         commit = api.upload_folder(
             repo_id=repo.repo_id, folder_path=folder, commit_message=args.message or "Packed checkpoint, written by vptq"
         )
+    except UsageError:
+        raise
     except Exception as error:  # whatever hub and network make of it
         raise RunError(
             f"`{args.repo}` could not be uploaded to",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from vptq.models.stream import FLOAT_TYPES, FolderSource
 
 DEMO = Path(__file__).parent / "demo"
 # model_type of those that write and read the residual stream as Llama does, with linears of the same names, and nowhere else
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # names in configurations
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -32,6 +34,16 @@ class LinearInfo:
     out_features: int
     in_features: int
     has_bias: bool
+
+    @property
+    def kind(self) -> str:
+        """Its name in the block, experts of a block as one kind."""
+        return all_experts(self.suffix)
+
+
+def all_experts(suffix: str) -> str:
+    """The name of a linear inside a block with * for the number of an expert."""
+    return re.sub(r"\.\d+\.", ".*.", suffix)
 
 
 @dataclass(frozen=True)
@@ -75,9 +87,23 @@ class Skeleton:
         return found
 
     def is_router(self, linear: LinearInfo) -> bool:
-        """Whether it stands right beside experts: it chooses or weighs them, with a handful of outputs."""
-        parent = self.model.get_submodule(linear.name.rpartition(".")[0])
-        return any(name == "experts" for name, _ in parent.named_children())
+        """Whether it stands beside experts, or is called router, and has an output for each, or one alone: it chooses them."""
+        path = linear.suffix
+        if "router" in path.split("."):
+            return linear.out_features in self._expert_counts(self.blocks[linear.block])
+        while "." in path:
+            path = path.rpartition(".")[0]
+            experts = getattr(self.blocks[linear.block].get_submodule(path), "experts", None)
+            if isinstance(experts, nn.Module):
+                inside = linear.suffix.startswith(f"{path}.experts.")
+                return not inside and linear.out_features in (1, *self._expert_counts(experts))
+        return False
+
+    def _expert_counts(self, experts: nn.Module) -> set[int]:
+        config = self.model.config.get_text_config()
+        stated = [getattr(config, name, None) for name in EXPERT_COUNTS] + [getattr(experts, "num_experts", None)]
+        found = {count for count in stated if isinstance(count, int)}
+        return found | {len(experts)} if isinstance(experts, nn.ModuleList) else found
 
     def end(self, which: Literal["embedding", "head"]) -> LinearInfo | None:
         """The input embeddings, a row a token, or the output head, as a linear; None where there is none of the usual kind."""
@@ -156,12 +182,12 @@ def _class_of(config: Any) -> Any:
     return AutoModelForImageTextToText if type(config) in known and type(config) not in alone else AutoModelForCausalLM
 
 
-def _tensor_names(folder: Path) -> Collection[str]:
-    """Of the files; none where there are no files, or damaged ones: that is said where weights are asked for."""
+def _tensor_names(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of the files, with shapes; none where there are no files, or damaged ones: that is said where weights are asked for."""
     try:
-        return read_headers(folder)
+        return {name: entry.shape for name, entry in read_headers(folder).items()}
     except CheckpointError:
-        return ()
+        return {}
 
 
 def _add_biases(model: Any, folder: Path) -> None:
@@ -282,7 +308,8 @@ def resolve_folder(model_name: str | None) -> Path:
         )
     from huggingface_hub import snapshot_download  # noqa: PLC0415
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "README.md"]
+    patterns += ["LICENSE*", "NOTICE*", "USE_POLICY*"]
     try:
         return Path(snapshot_download(model_name, allow_patterns=patterns))
     except Exception as error:

@@ -59,11 +59,11 @@ def parents(name: str) -> Iterator[str]:
         yield name
 
 
-def unify(model: nn.Module, names: Collection[str], wanted: Callable[[str], bool] = lambda name: True) -> Form:
+def unify(model: nn.Module, names: Mapping[str, tuple[int, ...]], wanted: Callable[[str], bool] = lambda name: True) -> Form:
     """Give a model, in place, linears where it has something else; parameters may be on the meta device.
 
     Args:
-        names: of the tensors in the files. wanted: which modules, by full name.
+        names: of the tensors in the files, with their shapes. wanted: which modules, by full name.
     Raises:
         UsageError: experts of a form that is not known.
     """

@@ -5,7 +5,7 @@ Its own table of these changes is asked, and applied to one parameter at a time,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,8 @@ class Origin:
     Attributes:
         names: of the tensors, as the files call them. expert: the entry along the first dimension that it is, if it is one.
         transposed: whether rows and columns change places, after that. rows: the part of the rows that it is, after that.
-        convert: makes the whole of several tensors, before all that.
+        convert: makes the whole of several tensors, before all that. turned: whether the matrices of a parameter that holds all
+            experts are stored transposed.
         stacks: for a parameter that holds all experts, names of each expert's own tensor, part by part: [part][expert].
     """
 
@@ -34,6 +35,7 @@ class Origin:
     rows: tuple[int, int] | None = None
     convert: Callable[[Callable[[str], Tensor]], Tensor] | None = None
     stacks: tuple[tuple[str, ...], ...] = ()
+    turned: bool = False
 
     @property
     def is_one_tensor(self) -> bool:
@@ -62,11 +64,11 @@ class Origin:
         return (found if self.rows is None else found[slice(*self.rows)]).contiguous()
 
 
-def find_origins(model: Any, names: Collection[str]) -> dict[str, Origin]:
+def find_origins(model: Any, names: Mapping[str, tuple[int, ...]]) -> dict[str, Origin]:
     """The parameters that are not simply the tensor of their name.
 
     Args:
-        model: as transformers builds it. names: of the tensors in the files.
+        model: as transformers builds it. names: of the tensors in the files, with their shapes.
     """
     table = _table(model)
     if table is None:
@@ -75,13 +77,17 @@ def find_origins(model: Any, names: Collection[str]) -> dict[str, Origin]:
     collected: dict[str, list[tuple[str, str | None]]] = {}
     for name in sorted(names, key=table.order):
         target, pattern = table.rename(name, own)
+        if target not in own and name in own:
+            target, pattern = name, None
         if target in own and not (pattern is None and target == name):
             collected.setdefault(target, []).append((name, pattern))
     found: dict[str, Origin] = {}
     for target, parts in collected.items():
-        if target in names:
-            continue  # the files hold it as it is
-        if parts[0][1] is None:
+        if target in names and target in (name for name, _ in parts):
+            found |= table.turned(target, parts[0][1], names)  # else the files hold it as it is
+        elif target in names:
+            continue
+        elif parts[0][1] is None:
             found[target] = Origin((parts[0][0],))
         else:
             found |= table.converted(target, [(name, str(pattern)) for name, pattern in parts])
@@ -95,6 +101,7 @@ class _Table:
         from transformers import conversion_mapping, core_model_loading  # noqa: PLC0415 (slow import)
 
         self.model: Any = model
+        self._last: tuple[str, Tensor] | None = None  # what was converted last
         self.loading: Any = core_model_loading
         changes = conversion_mapping.get_model_conversion_mapping(model)
         self.renamings = [change for change in changes if isinstance(change, core_model_loading.WeightRenaming)]
@@ -105,6 +112,16 @@ class _Table:
     def rename(self, name: str, own: dict[str, bool]) -> tuple[str, str | None]:
         """The parameter that a tensor belongs to, and the pattern of the change of form that it goes through."""
         return self.loading.rename_source_key(name, self.renamings, self.converters, self.model.base_model_prefix, own)
+
+    def turned(self, target: str, pattern: str | None, names: Mapping[str, tuple[int, ...]]) -> dict[str, Origin]:
+        """A parameter of the same name in the files, if these hold its matrices transposed: by the shape, else by the table."""
+        steps = [] if pattern is None else self.by_pattern[pattern].operations
+        if [type(step).__name__ for step in steps] != ["Transpose"]:
+            return {}
+        own = tuple(self.model.get_parameter(target).shape)
+        if names[target] == own and not (own[-1] == own[-2] and not getattr(steps[0], "check_dims", False)):
+            return {}
+        return {target: Origin((target,), turned=True)}
 
     def converted(self, target: str, parts: list[tuple[str, str]]) -> dict[str, Origin]:
         converter = self.by_pattern[parts[0][1]]
@@ -121,6 +138,8 @@ class _Table:
         def convert(get: Callable[[str], Tensor]) -> Tensor:
             from copy import deepcopy  # noqa: PLC0415
 
+            if self._last is not None and self._last[0] == wanted:  # each expert of it is asked for
+                return self._last[1]
             converter: Any = deepcopy(self.by_pattern[parts[0][1]])
             for name, pattern in parts:
                 converter.add_tensor(target, name, pattern, get(name))
@@ -131,7 +150,8 @@ class _Table:
                 raise CheckpointError(
                     f"`{wanted}` can't be made of what the files hold", where=[*(n for n, _ in parts[:4]), str(error)]
                 ) from error
-            return value[0] if isinstance(value, list) else value
+            self._last = wanted, value[0] if isinstance(value, list) else value
+            return self._last[1]
 
         return convert
 
@@ -154,4 +174,4 @@ def of_expert(whole: Origin, part: int, expert: int, *, transposed: bool, rows: 
         return Origin((whole.stacks[part][expert],))
     if whole.stacks:
         return Origin((whole.stacks[0][expert],), transposed=transposed, rows=rows)
-    return replace(whole, expert=expert, transposed=transposed, rows=rows)
+    return replace(whole, expert=expert, transposed=transposed != whole.turned, turned=False, rows=rows)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -37,6 +38,16 @@ class FolderSource:
         self.entries = read_headers(folder)
         self.base_prefix = base_prefix
         self.origins = origins or {}
+        self._threads = threading.local()
+
+    def _opened(self, path: Path) -> Any:
+        """A file of the folder, opened once a thread: to read a header takes longer than a small tensor."""
+        files: dict[Path, Any] | None = getattr(self._threads, "files", None)
+        if files is None:
+            files = self._threads.files = {}
+        if path not in files:
+            files[path] = safe_open(path, framework="pt").__enter__()
+        return files[path]
 
     def file_names(self, name: str) -> tuple[str, ...]:
         """The tensors in the files that the model's parameter `name` is made of; none if they lack one."""
@@ -85,8 +96,8 @@ class FolderSource:
         """The tensor that the file calls `name`, on the CPU, in its stored type, or one entry along its first dimension."""
         entry = self.entries[name]
         try:
-            with safe_open(entry.file, framework="pt") as file:
-                return file.get_tensor(name) if index is None else file.get_slice(name)[index]
+            file = self._opened(entry.file)
+            return file.get_tensor(name) if index is None else file.get_slice(name)[index]
         except Exception as error:
             raise CheckpointError(
                 f"`{entry.file}` can't be read", where=[name, str(error)], hint="get the file anew"

@@ -19,6 +19,7 @@ from vptq.pipeline.codebooks import codebook_name, shipped_error
 from vptq.recipe import LADDER
 
 UNITS = 1 << 16  # that the budget is cut into
+MANY = 1000  # linears, from which on the units would be too coarse
 TEMPER = 0.5  # power of a linear's sensitivity a weight: what is measured is less certain the further it is from the mean
 RANGE = 1.0  # bits that a linear may be above or below the target
 SLACK = 1.002  # of the bits asked for: scales and codebooks come on top of whole rungs
@@ -79,7 +80,7 @@ def allocate(
         )
     room, stored = budget, np.inf
     while stored > budget and room >= least:  # codebooks come on top, and which ones shows only then
-        chosen = _knapsack(bits, losses, room)
+        chosen = (_knapsack if len(bits) <= MANY else _by_price)(bits, losses, room)
         settings = {info.name: own[c] for info, own, c in zip(linears, choices, chosen, strict=True)}
         books = {codebook_name(config): config for config in settings.values()}
         stored = sum(own[c] for own, c in zip(bits, chosen, strict=True))
@@ -109,7 +110,52 @@ def _knapsack(bits: list[list[int]], losses: list[list[float]], budget: float) -
         chosen = _solve([np.rint(np.array(own) / unit).astype(int) for own in bits], losses)
         if chosen is not None and sum(own[c] for own, c in zip(bits, chosen, strict=True)) <= budget:
             return chosen
-    return [int(np.argmin(own)) for own in bits]
+    return _by_price(bits, losses, budget)
+
+
+def _by_price(bits: list[list[int]], losses: list[list[float]], budget: float) -> list[int]:
+    """The same for thousands of linears, each a small part of the budget: all pay one price for a bit, and what is left over
+    goes where it gains most."""
+    sizes, costs = [np.array(own, dtype=float) for own in bits], [np.array(own) for own in losses]
+
+    def at(price: float) -> list[int]:
+        return [int(np.argmin(cost + price * size)) for size, cost in zip(sizes, costs, strict=True)]
+
+    def total(chosen: list[int]) -> float:
+        return sum(own[c] for own, c in zip(bits, chosen, strict=True))
+
+    dear = max(float(cost.max()) for cost in costs) / min(float(size.min()) for size in sizes) + 1e-30
+    while total(at(dear)) > budget and dear < 1e30:
+        dear *= 4
+    cheap, best = 0.0, at(dear)
+    if total(best) > budget:  # what saves no loss at all costs bits at any price
+        best = [int(np.argmin(size)) for size in sizes]
+    for _ in range(100):
+        price = (cheap + dear) / 2
+        tried = at(price)
+        if total(tried) <= budget:
+            dear, best = price, tried
+        else:
+            cheap = price
+    return _filled(best, sizes, costs, budget - total(best))
+
+
+def _filled(chosen: list[int], sizes: list[np.ndarray], costs: list[np.ndarray], left: float) -> list[int]:
+    """Better choices of single linears, the most gain a bit first, as long as bits are left."""
+    gains = []
+    for number, (size, cost) in enumerate(zip(sizes, costs, strict=True)):
+        now = chosen[number]
+        for other in range(len(size)):
+            more, less = size[other] - size[now], cost[now] - cost[other]
+            if more > 0 and less > 0:
+                gains.append((less / more, number, other, more))
+    done: set[int] = set()
+    for _, number, other, more in sorted(gains, reverse=True):
+        if number not in done and more <= left:
+            chosen[number] = other
+            left -= more
+            done.add(number)
+    return chosen
 
 
 def _solve(units: list[np.ndarray], losses: list[list[float]]) -> list[int] | None:
@@ -140,7 +186,7 @@ def allocation_table(allocation: Allocation, linears: Sequence[LinearInfo]) -> l
     """Rows for people: kind of linear, mean bits, how many linears at which bits."""
     kinds: dict[str, list[LinearInfo]] = {}
     for info in linears:
-        kinds.setdefault(info.suffix, []).append(info)
+        kinds.setdefault(info.kind, []).append(info)
     rows = []
     for suffix, infos in kinds.items():
         each = [_rate(allocation.settings[info.name]) for info in infos]

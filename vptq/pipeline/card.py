@@ -13,7 +13,7 @@ from vptq.bits import ModelBits, checkpoint_bits
 from vptq.config import QuantConfig
 from vptq.finetune_config import FinetuneConfig
 from vptq.models.files import whole_file
-from vptq.models.headers import is_hub_name
+from vptq.models.headers import is_hub_name, read_config
 from vptq.pipeline.facts import command_of
 from vptq.pipeline.report import read_run
 
@@ -39,7 +39,7 @@ def write_card(folder: Path, original: Path, base_model: str | None) -> Path:
     name = Path(base_model).name if base_model else "vptq's demo model"
     hub = base_model if base_model and is_hub_name(base_model) and not Path(base_model).exists() else None
     parts = [
-        _metadata(hub, original, bits),
+        _metadata(hub, original, packed, bits),
         f"# {name}, {bits.stored_bits_per_weight:.2f} bits a weight\n",
         f"{f'[{hub}](https://huggingface.co/{hub})' if hub else name}, quantized by vector post-training quantization (VPTQ, "
         "arXiv:2409.17066) with `vptq`.\n",
@@ -52,11 +52,11 @@ def write_card(folder: Path, original: Path, base_model: str | None) -> Path:
     return packed / CARD
 
 
-def _metadata(hub: str | None, original: Path, bits: ModelBits) -> str:
+def _metadata(hub: str | None, original: Path, packed: Path, bits: ModelBits) -> str:
     near = max(1, round(bits.stored_bits_per_weight))
     found: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if _sees(packed) else "text-generation",
         "tags": ["vptq", "vector-quantization", "post-training-quantization", f"{near}-bit"],
     }
     if hub:
@@ -88,16 +88,22 @@ def _figures(bits: ModelBits, results: Mapping[str, Any]) -> str:
     return "## Figures\n\n" + "\n".join(lines) + "\n"
 
 
+def _sees(packed: Path) -> bool:
+    """Whether the model reads images too."""
+    return "vision_config" in read_config(packed)
+
+
 def _loading(hub: str | None, packed: Path) -> str:
+    kind, reader = ("ImageTextToText", "Processor") if _sees(packed) else ("CausalLM", "Tokenizer")
     where = "ORG/NAME" if hub else f"./{packed.name}"
     return f"""## Load it
 
 ```python
 import vptq  # pip install vptq; lets transformers read packed checkpoints
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelFor{kind}, Auto{reader}
 
-model = AutoModelForCausalLM.from_pretrained("{where}", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{where}")
+model = AutoModelFor{kind}.from_pretrained("{where}", device_map="auto")
+{reader.lower()} = Auto{reader}.from_pretrained("{where}")
 ```
 
 or `vptq generate --model_name {where} --prompt "Once upon a time"`.
@@ -109,4 +115,6 @@ def _command(job: Mapping[str, Any]) -> str:
     command = str(job.get("command", "quantize"))
     usual = FinetuneConfig().to_flat() if command == "finetune" else QuantConfig().to_flat()
     settings = {key: value for key, value in (job.get("settings") or {}).items() if key not in UNTOLD}
-    return f"## How it was made\n\n```\n{command_of(command, settings, usual, whole_paths=False)}\n```\n"
+    files = {key: value for key, value in settings.items() if isinstance(value, Mapping) and value}
+    told = "".join(f"\n`{key}.yaml`:\n\n```yaml\n{yaml.safe_dump({key: value})}```\n" for key, value in files.items())
+    return f"## How it was made\n\n```\n{command_of(command, settings, usual, whole_paths=False)}\n```\n{told}"

@@ -100,7 +100,10 @@ def choose_fold(config: QuantConfig, skeleton: Skeleton) -> Fold | None:
     """The fold that the settings ask for. Raises UsageError where one is asked for that can't be."""
     if config.fold is False or config.linear.rotation == "none" or config.calibration.hessian_path is not None:
         return None
-    found = make_fold(skeleton, config.linear.rotation_seed)
+    found: Fold | str = make_fold(skeleton, config.linear.rotation_seed)
+    own = [name for values in (config.per_linear or {}).values() for name in values if name.startswith("rotation")]
+    if own or (config.linear.rotation_sides != "both" and (config.include or config.skip)):
+        found = "linears are rotated each in its own way"  # and a checkpoint would not tell that it is folded
     if isinstance(found, Fold):
         return found
     if config.fold:

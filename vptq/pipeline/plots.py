@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vptq.models.architecture import all_experts
 from vptq.models.files import whole_file
 
 STAGES = {
@@ -21,7 +22,6 @@ STAGES = {
 COLORS = ("#1f9bcf", "#e4572e", "#3aa655", "#b25fc9", "#d9a404", "#7b8794", "#00a6a6", "#c2185b")
 TEXT, GRID = "#777777", "#9a9a9b"  # replaced in a page by its own colours
 SIZE = (4.6, 2.9)
-EXPERT = re.compile(r"\.\d+\.")
 
 
 def kind_of(name: str, blocks: str) -> tuple[int, str]:
@@ -30,7 +30,7 @@ def kind_of(name: str, blocks: str) -> tuple[int, str]:
     blocks: full name of the list of blocks.
     """
     match = re.match(rf"{re.escape(blocks)}\.(\d+)\.(.+)", name)
-    return (int(match[1]), EXPERT.sub(".*.", match[2])) if match else (-1, name)
+    return (int(match[1]), all_experts(match[2])) if match else (-1, name)
 
 
 def by_kind(figures: Sequence[Mapping[str, Any]], blocks: str, value: Callable[[Mapping[str, Any]], Any]) -> dict[str, dict]:

@@ -136,9 +136,11 @@ def _tiles(
         mean = sum(one["error"] for one in linears) / len(linears)
         found.append((f"{mean:.4f}", f"mean proxy error of {len(linears)} linears"))
     if run.get("seconds"):
-        found.append((_duration(run["seconds"]), f"on {run.get('device', 'this machine')}"))
-    if run.get("peak_gpu_bytes"):
-        found.append((f"{run['peak_gpu_bytes'] / 1e9:.1f} GB", "most memory of the GPU"))
+        since = ", since it was resumed" if run.get("resumed") else ""
+        found.append((_duration(run["seconds"]), f"on {run.get('device', 'this machine')}{since}"))
+    for key, where in (("peak_gpu_bytes", "the GPU"), ("peak_main_bytes", "this process, in main memory")):
+        if run.get(key):
+            found.append((f"{run[key] / 1e9:.1f} GB", f"most memory of {where}"))
     tiles = (f'<div class="tile"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>' for value, label in found)
     return f'<div class="tiles">{"".join(tiles)}</div>'
 

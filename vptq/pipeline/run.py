@@ -132,6 +132,7 @@ class _Run:
             folder = Path(config.sensitivity_path).expanduser().parent
             with writing_to(folder):
                 folder.mkdir(parents=True, exist_ok=True)
+        self.resumed = job is not None
         if job is None:
             job = Job.create(config, self.fingerprint, self._facts())
             ending.callback(job.unlock)
@@ -367,7 +368,10 @@ class _Run:
         warnings = (*self.plan.warnings, *self._starved(figures), *mended)
         flat = self.config.to_flat()
         command = command_of("quantize", flat, QuantConfig().to_flat())
-        save_json(self.job.folder / FILE, run_facts(command, seconds, self.device, warnings))
+        shared = not isinstance(self.executor, InProcess)
+        save_json(
+            self.job.folder / FILE, run_facts(command, seconds, self.device, warnings, resumed=self.resumed, shared=shared)
+        )
         report_on(self.job.folder, self._note)
         if packed.exists():
             write_card(self.job.folder, self.skeleton.folder, self.config.model_name)
@@ -379,11 +383,13 @@ class _Run:
         return RunResult(self.job.folder, figures, bits, perplexities, warnings, seconds)
 
     def _starved(self, figures: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Experts that saw fewer tokens than they have inputs: what is calibrated on is not what they need."""
-        experts = {piece.name.removesuffix(".weight") for piece in self.skeleton.form.pieces} - set(self.kept)
-        few = [f for f in figures if f["name"] in experts and f.get("tokens", 0) < f["shape"][1]]
+        """Linears, of experts most likely, that saw fewer tokens than others, and than they have inputs."""
+        asked = {linear.name for linear in self.plan.linears} - set(self.kept)
+        known = [f for f in figures if f["name"] in asked and "tokens" in f]
+        most = max((f["tokens"] for f in known), default=0)
+        few = [f for f in known if f["tokens"] < min(most, f["shape"][1])]
         if not few:
             return []
         worst = min(few, key=lambda f: f["tokens"])
         way = "more text" if self.config.calibration.moe_all_experts else "--moe_all_experts True, or more text,"
-        return [f"{len(few)} linears of experts saw too few tokens, {worst['name']} {worst['tokens']}: {way} may help"]
+        return [f"{len(few)} linears saw too few tokens, {worst['name']} {worst['tokens']}: {way} may help"]
