@@ -290,7 +290,8 @@ def test_extensions_say_what_they_are(generator):
     [
         ({"group_size": 47}, "47 columns, in_features is 48"),
         ({"is_indice_packed": False}, "unpacked indices"),
-        ({"num_centroids": [-1, 1 << 40]}, "does not fit 32"),
+        ({"num_centroids": [-1, 1 << 40]}, "settings that can.t be"),
+        ({"num_centroids": [-1, 1 << 20], "num_res_centroids": [-1, 1 << 20]}, "does not fit 32"),
         ({"num_centroids": None}, "lacks settings"),
     ],
 )
