@@ -466,3 +466,13 @@ def test_a_checkpoint_half_of_which_is_behind_the_url_is_not_taken_for_whole(
     assert (there / "packed_model" / "model.safetensors").exists() and not (there / "packed_model" / "config.json").exists()
     quantize_model(QuantConfig(), resume=told.folder)
     assert packed_bytes(there) == packed_bytes(whole.folder)
+
+
+@pytest.mark.parametrize(
+    "name, folder", [("..", None), ("a/..", "model"), ("/", "model"), ("org/na:me", "na_me"), ("a/b/", "b")]
+)
+def test_no_name_of_a_model_leads_out_of_the_output_folder(name, folder):
+    from vptq.pipeline.run_folder import model_folder_name
+
+    found = model_folder_name(name)
+    assert found == (folder or found) and found not in ("", ".", "..") and "/" not in found

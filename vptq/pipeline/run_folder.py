@@ -193,7 +193,7 @@ def model_folder_name(model_name: str | None) -> str:
         return "demo"
     path = Path(model_name).expanduser()
     last = path.resolve().name if path.is_dir() else model_name.rstrip("/").rsplit("/", 1)[-1]
-    return re.sub(r"[^\w.+-]", "_", last) or "model"
+    return re.sub(r"[^\w.+-]", "_", last) if last.strip(".") else "model"
 
 
 def _fresh_folder(parent: Path, name: str) -> Path:
