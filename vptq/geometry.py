@@ -172,6 +172,8 @@ def _ring_length(rows: int) -> int:
 
 def geometry_warnings(geometry: Geometry, config: LinearConfig) -> list[str]:
     """What works but wastes something."""
+    if config.is_shared:  # a codebook serves all linears, whatever one of them uses of it
+        return []
     group = math.prod(geometry.group_grid)
     stages = [
         ("a group has", group, config.num_centroids[1], config.vector_len, "centroids", geometry.group_num),

@@ -235,3 +235,10 @@ def test_linears_rotated_in_their_own_ways_are_not_folded(tmp_path):
     assert ask(skip=["*.o_proj"], rotation_sides="in") is None
     with pytest.raises(UsageError, match="can't be folded"):
         ask(per_linear={"*.o_proj": {"rotation_seed": 1}}, fold=True)
+
+
+def test_a_shared_codebook_is_not_wasted_on_a_small_linear(moe, text_file, capsys):
+    words = f"plan --model_name {moe} --dataset {text_file} --bits 3 --nsamples 4 --seq_len 32 --device cpu"
+    assert main(words.split()) == 0 and "never used" not in capsys.readouterr().out
+    assert main([*words.replace("--bits 3", "--vector_lens -1 4 --num_centroids -1 4096").split()]) == 0
+    assert "never used" in capsys.readouterr().out
