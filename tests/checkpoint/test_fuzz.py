@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from vptq.bits import checkpoint_bits
 from vptq.checkpoint.reader import load_quantized
@@ -181,11 +182,16 @@ def test_any_text_for_a_configuration(packed, words):
             try_all(folder)
 
 
-@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", 3, None])
-def test_an_index_names_files_of_its_folder_only(packed, name, tmp_path):
+@pytest.mark.parametrize("name", ["../other.safetensors", "ABSOLUTE", "sub/inner.safetensors", "..", 3, None])
+def test_an_index_names_files_of_its_folder_only(packed, name):
+    """Though the files that it names are there, and hold what it says."""
     with copied(packed) as folder:
+        (folder / "sub").mkdir()
+        for path in (folder.parent / "other.safetensors", folder / "sub/inner.safetensors"):
+            save_file({"a": torch.zeros(2)}, path)
+        name = str(folder.parent / "other.safetensors") if name == "ABSOLUTE" else name
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-        with pytest.raises(VptqError):
+        with pytest.raises(VptqError, match="is damaged"):
             read_headers(folder)
 
 
