@@ -200,9 +200,9 @@ def checkpoint_bits(folder: Path, layers: Mapping[str, LayerConfig] | None = Non
 
 
 def _packed_shapes(folder: Path) -> Shapes:
-    from vptq.models.architecture import load_skeleton, packed_shapes  # noqa: PLC0415 (torch, only where config.json lacks them)
+    from vptq.models.architecture import shapes_in  # noqa: PLC0415 (torch, only where config.json lacks them)
 
-    return packed_shapes(load_skeleton(folder).model, read_headers(folder))
+    return shapes_in(folder)
 
 
 def _checkpoint_linear(name: str, layer: LayerConfig, stored: dict[str, int]) -> LinearBits:

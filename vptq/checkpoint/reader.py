@@ -14,9 +14,17 @@ from vptq.checkpoint.names import check_tensors
 from vptq.errors import UsageError
 from vptq.layer_config import LayerConfig, quantization_config, read_quantization_config
 from vptq.layouts import METHOD, quantization_entry
-from vptq.models.architecture import Skeleton, check_weights, load_skeleton, packed_shapes, resolve_folder, tied_names
+from vptq.models.architecture import (
+    Skeleton,
+    check_weights,
+    load_skeleton,
+    packed_shapes,
+    resolve_folder,
+    shapes_in,
+    tied_names,
+)
 from vptq.models.device import forced_dtype, resolve_device
-from vptq.models.headers import read_config, read_headers
+from vptq.models.headers import read_config
 from vptq.models.stream import FolderSource, TensorSource, load_module
 from vptq.nn.ranges import check_indices
 from vptq.nn.reference import dequantize_packed
@@ -50,7 +58,7 @@ def read_layers(folder: Path, trust_remote_code: bool = False) -> dict[str, Laye
     return read_quantization_config(
         quantization_entry(read_config(folder)),
         str(folder),
-        lambda: packed_shapes(load_skeleton(folder, trust_remote_code).model, read_headers(folder)),
+        lambda: shapes_in(folder, trust_remote_code),
     )
 
 

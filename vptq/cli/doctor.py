@@ -63,9 +63,10 @@ def _machine() -> list[tuple[str, str, str]]:
     import torch
 
     from vptq.models.device import free_memory
+    from vptq.pipeline.facts import version_of
 
     rows = [
-        ("vptq", _version("vptq"), ""),
+        ("vptq", version_of("vptq"), ""),
         ("python", f"{platform.python_version()}, {sys.platform} {platform.machine()}", ""),
         ("processors", str(os.cpu_count()), ""),
         ("memory free", f"{free_memory(torch.device('cpu')) / 1e9:.1f} GB", ""),
@@ -85,15 +86,7 @@ def _machine() -> list[tuple[str, str, str]]:
 
 
 def _packages() -> list[tuple[str, str, str]]:
-    found = {name: _version(name) for name in PACKAGES}
+    from vptq.pipeline.facts import version_of
+
+    found = {name: version_of(name) for name in PACKAGES}
     return [(name, has or "not installed", "" if has else OPTIONAL.get(name, "needed")) for name, has in found.items()]
-
-
-def _version(name: str) -> str:
-    """Of an installed package; empty for one that is not."""
-    from importlib import metadata
-
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ def _verify(folder: Path, trust_remote_code: bool, target: str | None) -> int:
     if target != "-":
         print("\n".join(faults) if faults else "all is well")
     if faults:
-        print(f"error: {len(faults)} fault{'s' if len(faults) > 1 else ''} in `{folder}`\n\nhint: get it anew", file=sys.stderr)
+        say(f"error: {len(faults)} fault{'s' if len(faults) > 1 else ''} in `{folder}`\n\nhint: get it anew")
     return int(bool(faults))
 
 

@@ -244,6 +244,11 @@ def packed_shapes(model: nn.Module, names: Collection[str]) -> dict[str, tuple[i
     return {name: (own.out_features, own.in_features, own.bias is not None) for name, own in found.items()}
 
 
+def shapes_in(folder: Path, trust_remote_code: bool = False) -> dict[str, tuple[int, int, bool]]:
+    """`packed_shapes` of a packed checkpoint."""
+    return packed_shapes(load_skeleton(folder, trust_remote_code).model, read_headers(folder))
+
+
 def skeleton_shapes(folder: Path) -> ModelShapes:
     """Shapes of any model that transformers builds, for types that `shapes.can_derive` does not know."""
     skeleton = load_skeleton(folder)

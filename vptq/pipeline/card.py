@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import yaml
 from vptq.bits import ModelBits, checkpoint_bits
 from vptq.config import QuantConfig
 from vptq.finetune_config import FinetuneConfig
-from vptq.models.files import whole_file
+from vptq.models.files import save_json, whole_file
 from vptq.models.headers import is_hub_name, read_config
-from vptq.pipeline.facts import command_of
-from vptq.pipeline.report import read_run
+from vptq.pipeline.facts import FILE, command_of
+from vptq.pipeline.report import read_run, report_on
 
 CARD = "README.md"
 UNTOLD = {  # settings of one machine, which change nothing in what comes out
@@ -24,6 +24,19 @@ UNTOLD = {  # settings of one machine, which change nothing in what comes out
 }  # fmt: skip
 INHERITED = ("license", "license_name", "license_link", "language")
 HEAD = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
+
+
+def describe_run(
+    folder: Path, facts: Mapping[str, Any], original: Path, base_model: str | None, note: Callable[[str], None]
+) -> None:
+    """What a run leaves beside its results when it ends: facts, report, and the card of its checkpoint, if it has one.
+
+    Args: as for `write_card`. facts: of `run_facts`. note: hears of a report that can't be made.
+    """
+    save_json(folder / FILE, facts)
+    report_on(folder, note)
+    if (folder / "packed_model").exists():
+        write_card(folder, original, base_model)
 
 
 def write_card(folder: Path, original: Path, base_model: str | None) -> Path:

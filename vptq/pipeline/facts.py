@@ -40,7 +40,7 @@ def run_facts(
         "device": torch.cuda.get_device_name(device) if gpu else cpu,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if gpu and not shared else None,
         "peak_main_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        "versions": {name: _version(name) for name in PACKAGES if _version(name)} | {"python": platform.python_version()},
+        "versions": {name: found for name in PACKAGES if (found := version_of(name))} | {"python": platform.python_version()},
         "warnings": list(warnings),
     }
 
@@ -68,8 +68,9 @@ def _last_part(word: str) -> str:
     return word if word in HUB_NAMES or not Path(word).is_absolute() else Path(word).name
 
 
-def _version(name: str) -> str:
+def version_of(package: str) -> str:
+    """Of an installed package; empty for one that is not."""
     try:
-        return metadata.version(name)
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""

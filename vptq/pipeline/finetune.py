@@ -32,12 +32,11 @@ from vptq.models.files import save_json
 from vptq.models.headers import fingerprint
 from vptq.models.stream import FolderSource
 from vptq.nn.reference import dequantize_packed
-from vptq.pipeline.card import write_card
+from vptq.pipeline.card import describe_run
 from vptq.pipeline.evaluate import load_windows, make_runner, resolve_seq_len
-from vptq.pipeline.facts import FILE, command_of, run_facts
+from vptq.pipeline.facts import command_of, run_facts
 from vptq.pipeline.prediction_pass import check_room
 from vptq.pipeline.progress import Progress, Silent
-from vptq.pipeline.report import report_on
 from vptq.pipeline.tune_adapters import AdapterTuning, check_adapters
 from vptq.pipeline.tune_blocks import BlockTuning
 from vptq.pipeline.tune_job import TEXT, TuneJob
@@ -325,10 +324,8 @@ class _Run:
         save_json(self.job.folder / "ppl_results.json", results)
         seconds = time.perf_counter() - self.started
         command = command_of("finetune", self.config.to_flat(), FinetuneConfig().to_flat())
-        save_json(self.job.folder / FILE, run_facts(command, seconds, self.device, ()))
-        report_on(self.job.folder, self._note)
-        if (self.job.folder / "packed_model").exists():
-            write_card(self.job.folder, self.original, self.config.original)
+        facts = run_facts(command, seconds, self.device, ())
+        describe_run(self.job.folder, facts, self.original, self.config.original, self._note)
         self.job.save(finished=True)
         self.job.drop_work()
         self.progress.finish()

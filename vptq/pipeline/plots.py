@@ -47,9 +47,11 @@ def by_kind(figures: Sequence[Mapping[str, Any]], blocks: str, value: Callable[[
 def quantization_plots(figures: Sequence[Mapping[str, Any]], blocks: str) -> dict[str, Any]:
     """Figures by name. figures: of all linears, as `linears.json` has them. Raises ImportError without matplotlib."""
     found = {}
-    kinds = list(by_kind(figures, blocks, lambda figure: figure["error"]))
+    stages = {label: by_kind(figures, blocks, operator.itemgetter(key)) for key, label in STAGES.items()}
+    kinds = list(by_kind(figures, blocks, operator.itemgetter("error")))
     for number, kind in enumerate(kinds):
-        found[f"error-{number:02d}"] = _draw(functools.partial(_error_along_depth, figures=figures, blocks=blocks, kind=kind))
+        lines = {label: along.get(kind, {}) for label, along in stages.items()}
+        found[f"error-{number:02d}"] = _draw(functools.partial(_error_along_depth, lines=lines, kind=kind))
     found["bits"] = _draw(lambda axes: _lines(axes, by_kind(figures, blocks, lambda f: f["bits"]), "stored bits a weight"))
     use = by_kind(figures, blocks, lambda figure: figure.get("codebook_use"))
     if use:
@@ -104,11 +106,10 @@ def _draw(paint: Callable[[Any], None]) -> Any:
     return figure
 
 
-def _error_along_depth(axes: Any, figures: Sequence[Mapping[str, Any]], blocks: str, kind: str) -> None:
+def _error_along_depth(axes: Any, lines: Mapping[str, Mapping[int, float]], kind: str) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter  # noqa: PLC0415 (slow import)
 
-    for number, (key, label) in enumerate(STAGES.items()):
-        line = by_kind(figures, blocks, operator.itemgetter(key)).get(kind)
+    for number, (label, line) in enumerate(lines.items()):
         if line:
             style = {"color": COLORS[number], "marker": "o", "markersize": 2.5, "linewidth": 1.2}
             axes.plot(list(line), list(line.values()), label=label, **style)

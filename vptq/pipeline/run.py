@@ -30,19 +30,18 @@ from vptq.models.headers import fingerprint, folder_bytes
 from vptq.models.remote import is_url
 from vptq.models.runner import BlockRunner
 from vptq.models.stream import TensorSource
-from vptq.pipeline.card import write_card
+from vptq.pipeline.card import describe_run
 from vptq.pipeline.codebooks import prepare_codebooks
 from vptq.pipeline.cost import fisher_units, forward_units, linear_units
 from vptq.pipeline.evaluate import load_windows
 from vptq.pipeline.executors import make_executor
-from vptq.pipeline.facts import FILE, command_of, run_facts
+from vptq.pipeline.facts import command_of, run_facts
 from vptq.pipeline.first_plan import ALLOCATION, first_plan
 from vptq.pipeline.fold import choose_fold, open_folder
 from vptq.pipeline.job import Job
 from vptq.pipeline.outcome import RunResult, finished_result
 from vptq.pipeline.plan import LinearPlan, RunPlan, check_disk
 from vptq.pipeline.progress import Progress, Silent
-from vptq.pipeline.report import report_on
 from vptq.pipeline.results import Results
 from vptq.pipeline.schedule import BlockWalk, Watch
 from vptq.pipeline.settle import Context, run_notes, settle
@@ -369,12 +368,8 @@ class _Run:
         flat = self.config.to_flat()
         command = command_of("quantize", flat, QuantConfig().to_flat())
         shared = not isinstance(self.executor, InProcess)
-        save_json(
-            self.job.folder / FILE, run_facts(command, seconds, self.device, warnings, resumed=self.resumed, shared=shared)
-        )
-        report_on(self.job.folder, self._note)
-        if packed.exists():
-            write_card(self.job.folder, self.skeleton.folder, self.config.model_name)
+        facts = run_facts(command, seconds, self.device, warnings, resumed=self.resumed, shared=shared)
+        describe_run(self.job.folder, facts, self.skeleton.folder, self.config.model_name, self._note)
         self.job.save(finished=True)
         self.job.drop_token_weights()
         if packed.exists():
