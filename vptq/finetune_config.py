@@ -29,10 +29,14 @@ LEARNS_AS: dict[str, tuple[TrainableKind, ...]] = {
     "column_scales": ("scales", "offsets"),
     "biases": ("offsets",),
 }
+ROUND_STEPS, ROUND_RATE = 20, 1e-3
 ONLY_IN: dict[str, tuple[str, ...]] = {  # modes that a setting is for, where it is not for all
     "passes": ("block",),
     "add": ("block", "e2e"),
     "head_rate": ("e2e",),
+    "rounds": ("e2e",),
+    "round_steps": ("e2e",),
+    "round_rate": ("e2e",),
     "kl_weight": ("e2e",),
     "ce_weight": ("e2e",),
     "teacher": ("e2e",),
@@ -57,7 +61,8 @@ class FinetuneConfig:
     train: tuple[TrainableKind, ...] | None = option(
         None,
         "tuning",
-        "what learns: codebooks, scales, offsets, norms, head (default: all but head; codebooks that linears share only e2e)",
+        "what learns: codebooks, scales, offsets, norms, head, indices (default: all but the last two; codebooks that linears "
+        "share, head and indices only e2e)",
         "KIND",
     )
     passes: tuple[BlockPassKind, ...] = option(
@@ -102,6 +107,15 @@ class FinetuneConfig:
         "for 7B to 13B, e2e twice that; lora: 2e-4, absolute)",
     )
     head_rate: float = option(0.1, "training", "with --train head: its learning rate, as a part of that of all else")
+    rounds: int | None = option(
+        None,
+        "training",
+        "with --train indices: parts of the model that are quantized anew one after the other (default: one a block)",
+    )
+    round_steps: int = option(
+        ROUND_STEPS, "training", "with --train indices: steps that weights which are still float train after each part"
+    )
+    round_rate: float = option(ROUND_RATE, "training", "with --train indices: highest learning rate of these steps")
     warmup_frac: float = option(0.05, "training", "part of the steps over which the rate rises; then it falls as a cosine")
     weight_decay: float = option(0.0, "training", "of AdamW")
     batch_size: int | None = option(None, "training", "sequences a step (default: 16)")
@@ -152,6 +166,16 @@ class FinetuneConfig:
         return self.micro_batch_size or 1
 
     @property
+    def new_indices(self) -> bool:
+        """Whether the model is quantized anew before all else trains."""
+        return "indices" in (self.train or ())
+
+    @property
+    def kept_kinds(self) -> tuple[TrainableKind, ...]:
+        """What trains of the packed model, with indices as they are."""
+        return tuple(kind for kind in self.train or () if kind != "indices")
+
+    @property
     def warmup_steps(self) -> int:
         """Steps over which the rate rises: one at least, if any are asked for."""
         return math.ceil(self.warmup_frac * (self.steps or 0))
@@ -169,6 +193,7 @@ class FinetuneConfig:
                 check(value in get_args(known), f"{name} names {value!r}, must be of {', '.join(get_args(known))}")
         check(self.mode != "block" or "head" not in (self.train or ()), "train head goes with mode e2e")
         check(self.mode != "lora" or not self.train, "mode lora trains adapters: leave out train")
+        self._check_rounds(check)
         chosen_kinds = self.train or TRAINED.get(self.mode, ())
         for given in self.add or ():
             needed = LEARNS_AS.get(given, ())
@@ -208,6 +233,15 @@ class FinetuneConfig:
             f"eval_nsamples is {self.eval_nsamples}, must be 1 or more, or -1",
         )
         return found
+
+    def _check_rounds(self, check: Checker) -> None:
+        check(self.mode != "block" or not self.new_indices, "train indices goes with mode e2e")
+        own = (("rounds", None), ("round_steps", ROUND_STEPS), ("round_rate", ROUND_RATE))
+        for name, default in own:
+            value = getattr(self, name)
+            check(self.new_indices or value == default, f"{name} goes with train indices")
+            check(value is None or value > 0, f"{name} is {value}, must be over 0")
+        check(self.round_rate <= 1, f"round_rate is {self.round_rate}, must be at most 1")
 
     def validate(self) -> None:
         """Raise one UsageError with every fault there is."""

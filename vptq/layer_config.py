@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 from vptq.config import LinearConfig
 from vptq.errors import CheckpointError
 from vptq.geometry import RING_UNIT, WORD_BITS, Geometry, index_bits
 from vptq.layouts import Shapes, spread_settings
-from vptq.recipe import FLOAT_BITWIDTH
+from vptq.recipe import FLOAT_BITWIDTH, OFF, RotationKind, RotationSides, VectorQuantDim
 
 PLAIN_VERSION = 1
 EXTENDED_VERSION = 2
 LARGEST = 1 << 31  # of any size or count
+ROUNDING = 1e-9  # a part of columns is rounded up to whole ones: no more than there are
 PLAIN_KEYS = (
     "in_features",
     "out_features",
@@ -101,6 +102,37 @@ class LayerConfig:
             trellis_bits=max(config.trellis_bits, 0),
             ring_len=geometry.ring_len,
             codebook_of=codebook_of,
+        )
+
+    def linear_config(self) -> LinearConfig:
+        """Settings under which a weight of this shape is quantized to this form.
+
+        How indices and codebooks are searched for is not stored: of that, the defaults. Scales and biases that fine-tuning
+        added are no settings: they are neutral in what is quantized anew.
+        """
+        shared, off = self.num_scales > 0, (OFF, OFF)
+        outliers = self.outlier_size > 0
+        absorbs = self.vector_quant_dim == "out" and self.group_num == 1 and not outliers
+        return LinearConfig(
+            vector_lens=(self.vector_lens[0] if outliers else OFF, self.vector_lens[1]),
+            num_centroids=(self.num_centroids[0] if outliers else OFF, self.num_centroids[1]),
+            num_res_centroids=(OFF, self.num_res_centroids[1]) if self.num_res_centroids[1] > 0 else off,
+            npercent=100 * self.outlier_size / self.in_features * (1 - ROUNDING),
+            group_num=self.group_num,
+            group_size=self.group_size if self.group_num > 1 or outliers else OFF,
+            vector_quant_dim=cast(VectorQuantDim, self.vector_quant_dim),
+            bitwidth=self.bitwidth,
+            bsize=self.bsize,
+            enable_norm=self.enable_norm and not shared,
+            enable_perm=self.enable_perm or absorbs,
+            absorb_perm=not self.enable_perm and absorbs and not shared,
+            rotation=cast(RotationKind, self.rotation),
+            rotation_sides=cast(RotationSides, self.rotation_sides),
+            rotation_seed=self.rotation_seed,
+            codebook_scope="shared" if shared else "group",
+            trellis_bits=self.trellis_bits or OFF,
+            scale_scope="row" if shared and self.num_scales == self.out_features else "linear",
+            row_groups=self.row_groups,
         )
 
     @property

@@ -30,7 +30,7 @@ from vptq.pipeline.progress import Silent
 from vptq.pipeline.quantize_tuned import quantize_and_tune
 from vptq.pipeline.run import quantize_model
 from vptq.pipeline.tune_text import share_out, tuning_tokens
-from vptq.pipeline.tune_whole import _compute_blocks_twice
+from vptq.pipeline.tune_whole import compute_blocks_twice
 
 ROTATED = {"rotation": "hadamard", "codebook_scope": "shared", "num_centroids": (-1, 16), "vector_lens": (-1, 1)}
 INDICES = ("indices", "perm", "packed")
@@ -505,7 +505,7 @@ def test_gradient_checkpointing_changes_no_number(originals, checkpoints, tmp_pa
     model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     tokens = torch.arange(30)[None]
     before = model(input_ids=tokens, use_cache=False).logits
-    _compute_blocks_twice(model)
+    compute_blocks_twice(model)
     after = model(input_ids=tokens, use_cache=False).logits
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     calls.clear()

@@ -132,9 +132,16 @@ class Distillation:
             self.reduce(total)
         return total.item()
 
+    def text_loss(self, tokens: Tensor) -> Tensor:
+        """Cross-entropy of a text, summed: (). tokens: (sequences, seq_len) int64."""
+        here = tokens.to(self.device)
+        return distillation_loss(self._logits(here), None, here, Weights(0.0, 1.0)) * here[:, 1:].numel()
+
     def _loss(self, numbers: list[int]) -> Tensor:
         tokens = self.tokens[numbers].to(self.device)
         wanted = None if self.teacher is None else self.teacher(numbers)
+        return distillation_loss(self._logits(tokens), wanted, tokens, self.weights)
+
+    def _logits(self, tokens: Tensor) -> Tensor:
         with torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32):
-            logits = self.model(input_ids=tokens, use_cache=False).logits
-        return distillation_loss(logits, wanted, tokens, self.weights)
+            return self.model(input_ids=tokens, use_cache=False).logits

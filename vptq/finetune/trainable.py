@@ -102,6 +102,28 @@ def trainables(
     return found
 
 
+def float_trainables(
+    model: nn.Module, linears: Collection[str], places: Collection[str], stored: torch.dtype
+) -> list[Trainable]:
+    """Mark what learns in a float32 model while its linears are being quantized; all else stays as it is.
+
+    Args:
+        linears: whose weights are float yet, by full name. places: all that are or will be quantized; their biases learn.
+        stored: float type of norms and biases in the checkpoint.
+    """
+    found = []
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            norm = _kind_of(module, name) == "norms"
+            if norm or (name == "weight" and path in linears) or (name == "bias" and path in places):
+                kind: TrainableKind = "norms" if norm else "indices" if name == "weight" else "offsets"
+                unit = max(2.0 ** round(math.log2(max(_rms(parameter), 1e-30))), SMALLEST_UNIT)
+                parameter.requires_grad_()
+                full = f"{path}.{name}"
+                found.append(Trainable(full, parameter, kind, torch.float32 if kind == "indices" else stored, unit))
+    return found
+
+
 def rate_groups(items: list[Trainable], learning_rate: float) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer, one a unit; `learning_rate` is relative to the size of a tensor's numbers."""
     units: dict[float, list[nn.Parameter]] = {}

@@ -37,12 +37,15 @@ from vptq.pipeline.evaluate import load_windows, make_runner, resolve_seq_len
 from vptq.pipeline.facts import command_of, run_facts
 from vptq.pipeline.prediction_pass import check_room
 from vptq.pipeline.progress import Progress, Silent
+from vptq.pipeline.teacher import Teacher
+from vptq.pipeline.team import Alone, Launched, Team, is_launched
 from vptq.pipeline.tune_adapters import AdapterTuning, check_adapters
 from vptq.pipeline.tune_blocks import BlockTuning
+from vptq.pipeline.tune_indices import IndexTuning, NewIndices
 from vptq.pipeline.tune_job import TEXT, TuneJob
 from vptq.pipeline.tune_models import Pair
 from vptq.pipeline.tune_text import check_length, datasets_of, tuning_tokens
-from vptq.pipeline.tune_whole import Alone, Launched, Team, WholeTuning, is_launched
+from vptq.pipeline.tune_whole import WholeTuning
 
 BEFORE = "before"
 TRAINED = "trained"
@@ -99,8 +102,9 @@ def finetune_model(
             if job.finished:
                 return _finished(job) if team.rank == 0 else None
         config.validate()
-        if team.world > 1 and config.mode != "e2e":
-            raise UsageError(f"mode {config.mode} works in one process", hint="start it without a launcher")
+        if team.world > 1 and (config.mode != "e2e" or config.new_indices):
+            what = "--train indices" if config.new_indices else f"mode {config.mode}"
+            raise UsageError(f"{what} works in one process", hint="start it without a launcher")
         device = team.device if isinstance(team, Launched) else resolve_device(config.device)
         known = [config]
         with _told_of_memory(known):
@@ -140,8 +144,11 @@ class _Run:
         resolve_seq_len(config.seq_len, pair.original.max_seq_len)
         self.config = config.resolved(pair.num_parameters, pair.original.max_seq_len)
         datasets_of(self.config)
-        if self.config.mode != "lora" and not self.config.add:  # what is added learns
-            pair.check_kinds(self.config.mode, self.config.train or ())
+        kinds = self.config.kept_kinds
+        if (
+            self.config.mode != "lora" and not self.config.add and (kinds or not self.config.new_indices)
+        ):  # what is added learns
+            pair.check_kinds(self.config.mode, kinds)
         if self.config.save_model and any(layer.added_bias for layer in pair.layers.values()):
             raise UsageError("a dequantized model has no place for added biases", hint="leave out --save_model")
         if self.config.mode == "lora":
@@ -160,6 +167,12 @@ class _Run:
             job.lock()
         self.job, self.tokens = job, job.tokens()
         self.pair = pair
+        self.teacher = None
+        if self.config.mode == "e2e" and self.config.kl_weight > 0:
+            self.teacher = Teacher(pair, self.config, self.tokens, job, team)
+        self.indices = None
+        if self.config.new_indices:
+            self.indices = IndexTuning(pair, self.config, self.tokens, job, self._told, self._note, self.teacher)
 
     def _windows(self, pair: Pair) -> dict[str, Tensor]:
         names = _eval_datasets(self.config)
@@ -191,47 +204,64 @@ class _Run:
 
     def execute(self) -> TuneResult | None:
         self.progress.run_folder(self.job.shown)
-        start = self._start()
-        pair = Pair.open(self.original, start, self.device, self.config.bf16, self.config.trust_remote_code)
-        tuning = self._tuning(pair)
-        models = {"original": self.original, BEFORE: start}
-        units = [self._evaluation_units(pair) for _ in range(len(models) + 1)]
-        self.progress.start(tuning.units() + sum(units), 0)
+        models = {"original": self.original, BEFORE: self.given}
+        self.progress.start(self._units() + (len(models) + 1) * self._evaluation_units(), 0)
         self._announce()
         measured = self._measure(models)
+        found = self.indices.run() if self.indices else None
+        start = self._start(found.folder if found else self.given)
+        pair = Pair.open(self.original, start, self.device, self.config.bf16, self.config.trust_remote_code)
+        tuning = self._tuning(pair)
         if isinstance(tuning, AdapterTuning):
             histories = tuning.run()
             self._write_model(pair, start, tuning.merged)
             measured["after"] = self._measure_adapters(tuning)
             return self._conclude(start, measured, histories, tuning.held_out)
         packed = self.job.folder / "packed_model"
-        histories, held_out = self._train(tuning, pair, packed)
+        histories, held_out = self._train(tuning, pair, packed, found)
         if self.team.rank > 0:
             return None
         self._write_model(pair, packed)
         measured |= self._measure({"after": packed})
         return self._conclude(packed, measured, histories, held_out)
 
+    def _units(self) -> float:
+        """Of all that trains."""
+        before = sum(part.units() for part in (self.teacher, self.indices) if part)
+        return before + (self._tuning(self.pair).units() if self._trains else 0.0)
+
+    @property
+    def _trains(self) -> bool:
+        """Whether more than indices changes."""
+        return self.config.mode == "lora" or bool(self.config.kept_kinds)
+
     def _train(
-        self, tuning: BlockTuning | WholeTuning, pair: Pair, packed: Path
+        self, tuning: BlockTuning | WholeTuning, pair: Pair, packed: Path, found: NewIndices | None
     ) -> tuple[dict[str, list[dict[str, Any]]], tuple[float, float]]:
-        """Train and write the checkpoint, unless a stopped run has; the histories, and the held-out loss before and after."""
+        """Train and write the checkpoint, unless a stopped run has; the histories, and the held-out loss before and after.
+
+        found: the new indices, if there are any.
+        """
         kept = self.job.load_tensors(TRAINED) if is_whole(packed) else None
         if kept is not None:
             return kept[1]["histories"], tuple(kept[1]["held_out"])
-        changed, histories = tuning.run()
+        changed, histories = tuning.run() if self._trains else ({}, {})
+        before, after = tuning.held_out
+        if found is not None:
+            histories = {"indices": found.history} | histories
+            before, after = found.held_out[0], after if self._trains else found.held_out[1]
         if self.team.rank == 0:
-            self.job.save_tensors(TRAINED, {}, {"histories": histories, "held_out": tuning.held_out})
+            self.job.save_tensors(TRAINED, {}, {"histories": histories, "held_out": (before, after)})
             self.progress.phase("writing packed_model")
             write_changed(packed, pair.packed_source, _parameters(pair.packed), pair.layers, changed)
-        return histories, tuning.held_out
+        return histories, (before, after)
 
     def _tuning(self, pair: Pair) -> BlockTuning | WholeTuning | AdapterTuning:
         if self.config.mode == "block":
             return BlockTuning(pair, self.config, self.tokens, self.job, self._told, self._note)
         if self.config.mode == "lora":
             return AdapterTuning(pair, self.config, self.tokens, self.job, self._told, self._note)
-        return WholeTuning(pair, self.config, self.tokens, self.job, self._told, self._note, self.team)
+        return WholeTuning(pair, self.config, self.tokens, self.job, self._told, self._note, self.team, self.teacher)
 
     def _announce(self) -> None:
         held_out = self.config.num_held_out or 0
@@ -240,17 +270,20 @@ class _Run:
             f"text: {', '.join(datasets_of(self.config))}; {trained:,} tokens to train on, {held_out} sequences held out"
         )
         assert self.config.learning_rate is not None
+        if self.indices:
+            rounds = len(self.indices.parts)
+            self._note(f"indices: {rounds} parts, {self.config.round_steps} steps after each, rate {self.config.round_rate:g}")
         self._note(
             f"{self.config.steps} steps of {self.config.batch_size} sequences, learning rate {self.config.learning_rate:g}"
         )
 
-    def _start(self) -> Path:
-        """The checkpoint to start from: the given one, or with tensors more."""
+    def _start(self, given: Path) -> Path:
+        """The checkpoint that training starts from: `given`, or with tensors more."""
         if not self.config.add:
-            return self.given
+            return given
         folder = self.job.work / "start"
         if self.team.rank == 0 and not is_whole(folder):
-            skeleton, source, layers = open_packed(self.given, forced_dtype(self.device), self.config.trust_remote_code)
+            skeleton, source, layers = open_packed(given, forced_dtype(self.device), self.config.trust_remote_code)
             more, tensors = with_additions(source, layers, skeleton.dtype, self.config.add, skeleton.blocks_name)
             write_changed(folder, source, _parameters(skeleton), more, tensors)
         self.team.wait()
@@ -265,8 +298,8 @@ class _Run:
             weights = _dequantized(source, pair.layers, pair.packed.dtype, self.device)
             write_unpacked(folder, source, pair.packed.form, pair.layers, merged(weights))
 
-    def _evaluation_units(self, pair: Pair) -> float:
-        return float(sum(cut.numel() for cut in self.windows.values()) * len(pair.original.blocks))
+    def _evaluation_units(self) -> float:
+        return float(sum(cut.numel() for cut in self.windows.values()) * len(self.pair.original.blocks))
 
     def _measure(self, models: Mapping[str, Path]) -> dict[str, dict[str, Perplexity]]:
         """Perplexities by dataset of each model, by its name; those that a stopped run has measured are taken over."""
@@ -387,6 +420,8 @@ def _told_of_memory(known: list[FinetuneConfig]) -> Iterator[None]:
             ways.append("--teacher cached")
         if config.mode != "block" and not config.gradient_checkpointing:
             ways.append("--gradient_checkpointing True")
+        if config.new_indices:
+            ways.append("--train without indices, which needs all weights as floats")
         if config.mode != "lora" and config.unpack is not False:
             ways.append("--unpack False")
         ways.append("a smaller --seq_len in a new run")

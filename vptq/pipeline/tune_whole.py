@@ -2,95 +2,30 @@
 
 from __future__ import annotations
 
-import datetime
 import math
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from vptq.checkpoint.reader import load_whole
 from vptq.finetune.distill import Distillation, Weights
 from vptq.finetune.fit import Fit
 from vptq.finetune.trainable import trainables
 from vptq.finetune_config import FinetuneConfig
-from vptq.models.device import resolve_device
-from vptq.models.remote import mirror_of
 from vptq.pipeline.block_pass import Told, schedule_of, unpacked_in
-from vptq.pipeline.states import KeptTeacher, states_folder
+from vptq.pipeline.teacher import Teacher
+from vptq.pipeline.team import Team
 from vptq.pipeline.tune_job import TuneJob
 from vptq.pipeline.tune_models import Pair
 
 STATE = "fit"
-LONGEST_WAIT = datetime.timedelta(days=7)  # while the first process measures, or computes what all need
 BACKWARD = 3.0  # times a forward pass, that included; once more with gradient checkpointing
-
-
-class Team(Protocol):
-    """The processes that share the work; each has the same tensors and takes the same steps."""
-
-    rank: int
-    world: int
-
-    def add_up(self, tensor: Tensor) -> None: ...
-
-    def wait(self) -> None: ...
-
-    def share(self, value: Any) -> Any: ...
-
-
-class Alone:
-    """One process."""
-
-    rank, world = 0, 1
-
-    def add_up(self, tensor: Tensor) -> None:
-        pass
-
-    def wait(self) -> None:
-        pass
-
-    def share(self, value: Any) -> Any:
-        return value
-
-
-class Launched:
-    """Processes that `accelerate launch` has started."""
-
-    def __init__(self, device: str | None) -> None:
-        from accelerate import PartialState  # noqa: PLC0415 (slow import)
-
-        on_cpu = resolve_device(device).type == "cpu"
-        self.state = PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
-        self.rank, self.world, self.device = self.state.process_index, self.state.num_processes, self.state.device
-
-    def add_up(self, tensor: Tensor) -> None:
-        """Over all processes, in place; any shape."""
-        torch.distributed.all_reduce(tensor)
-
-    def wait(self) -> None:
-        """Until all are here."""
-        self.state.wait_for_everyone()
-
-    def share(self, value: Any) -> Any:
-        """What the first process has, for all."""
-        values = [value]
-        torch.distributed.broadcast_object_list(values, src=0)
-        return values[0]
-
-
-def is_launched() -> bool:
-    """Whether this is one of several processes of a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 class WholeTuning:
     """The whole model.
 
-    Args: as for `BlockTuning`. team: who shares the work.
+    Args: as for `BlockTuning`. team: who shares the work. teacher: the original's predictions; None where only the text counts.
     """
 
     def __init__(
@@ -102,23 +37,17 @@ class WholeTuning:
         told: Told,
         note: Callable[[str], None],
         team: Team,
+        teacher: Teacher | None,
     ) -> None:
         self.pair, self.config, self.tokens, self.job = pair, config, tokens, job
         self.told, self.note, self.team = told, note, team
         self.schedule = schedule_of(config)
+        self.teacher = teacher
         self.held_out = (math.nan, math.nan)  # the loss, before and after
 
     def units(self) -> float:
         """What `told` is told in all: tokens that went forward through a block."""
-        return self._teacher_units() + self.schedule.steps * self._step_units()
-
-    @property
-    def _has_teacher(self) -> bool:
-        return self.config.kl_weight > 0
-
-    def _teacher_units(self) -> float:
-        cached = self._has_teacher and self.config.teacher == "cached"
-        return float(self.tokens.numel()) * len(self.pair.original.blocks) if cached else 0.0
+        return self.schedule.steps * self._step_units()
 
     def _step_units(self) -> float:
         tokens = self.tokens.shape[1]
@@ -129,13 +58,12 @@ class WholeTuning:
 
     def run(self) -> tuple[dict[str, Tensor], dict[str, list[dict[str, Any]]]]:
         """Train; what has changed, by full name as it is stored, and the history."""
-        teacher = self._teacher() if self._has_teacher else None
+        teacher = self.teacher.logits(self.told) if self.teacher else None
         self.told("training", 0)
         student = self._student()
-        assert self.config.train is not None
         items = trainables(
             student,
-            self.config.train,
+            self.config.kept_kinds,
             self.pair.packed.dtype,
             head=student.get_output_embeddings(),
             head_rate=self.config.head_rate,
@@ -188,44 +116,11 @@ class WholeTuning:
         """The packed model, as it trains: no dropout, blocks computed twice if that is asked for."""
         student: Any = self.pair.load_student()
         if self.config.gradient_checkpointing:
-            _compute_blocks_twice(student)
+            compute_blocks_twice(student)
         return student
 
-    def _teacher(self) -> Callable[[list[int]], Tensor]:
-        """The original's logits of some sequences, by their numbers."""
-        if self.config.teacher == "live":
-            model = load_whole(
-                str(self.pair.original.folder), str(self.pair.device), trust_remote_code=self.pair.trust_remote_code
-            )
 
-            @torch.no_grad()
-            def live(numbers: list[int]) -> Tensor:
-                return model(input_ids=self.tokens[numbers].to(self.pair.device), use_cache=False).logits
-
-            return live
-        left = self._teacher_units()
-
-        def heard(tokens: int) -> None:
-            nonlocal left
-            left -= tokens
-            self.told("the original's predictions", tokens)
-
-        if self.team.rank > 0:
-            self.team.wait()  # the first process makes them
-        teacher = KeptTeacher.make(self.pair.original_runner(), self.tokens, self._states_folder(), heard)
-        if self.team.rank == 0:
-            self.team.wait()
-        self.told("the original's predictions", left)
-        return teacher
-
-    def _states_folder(self) -> Path:
-        """Where what the original computes is kept: in the run folder, unless that would be copied to its URL."""
-        if self.config.cache_dir or mirror_of(self.job.folder) is not None:
-            return states_folder(self.config.cache_dir)
-        return self.job.work / "states"
-
-
-def _compute_blocks_twice(model: Any) -> None:
+def compute_blocks_twice(model: Any) -> None:
     """Gradient checkpointing, by whatever name transformers knows it; only modules that do it are told that they train."""
     settings = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):

@@ -1,0 +1,208 @@
+"""`finetune --train indices`: a packed checkpoint is quantized anew from its original, part by part, before all else trains."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vptq.checkpoint.reader import DequantizedSource, fill_model, packed_tensors
+from vptq.checkpoint.writer import is_whole, write_changed
+from vptq.errors import UsageError
+from vptq.finetune.distill import Distillation, Weights
+from vptq.finetune.fit import Schedule
+from vptq.finetune.incremental import HESSIAN_TOKENS, Forms, Incremental, parts_of
+from vptq.finetune_config import FinetuneConfig
+from vptq.geometry import plan_geometry
+from vptq.models.architecture import Skeleton, load_skeleton
+from vptq.nn.operands import stored_centroids
+from vptq.pipeline.block_pass import Told, unpacked_in
+from vptq.pipeline.fold import find_fold, open_folder
+from vptq.pipeline.teacher import Teacher
+from vptq.pipeline.tune_job import TuneJob
+from vptq.pipeline.tune_models import Pair
+from vptq.pipeline.tune_whole import compute_blocks_twice
+from vptq.quantize.codebook import store_codebook
+from vptq.quantize.result import Codebook
+
+STATE, FOLDER = "indices", "indices"
+BACKWARD = 3.0  # times a forward pass, that included
+SAVE_SECONDS = 120.0  # between two states that a stopped run goes on from
+
+
+@dataclass(frozen=True)
+class NewIndices:
+    """What came of it.
+
+    Attributes:
+        folder: the checkpoint to go on with. held_out: the loss before and after. history: of the training.
+    """
+
+    folder: Path
+    held_out: tuple[float, float]
+    history: list[dict[str, Any]]
+
+
+class IndexTuning:
+    """The quantizing anew of all linears in the blocks.
+
+    Args: as for `WholeTuning`; `teacher` gives the original's predictions.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        config: FinetuneConfig,
+        tokens: Tensor,
+        job: TuneJob,
+        told: Told,
+        note: Callable[[str], None],
+        teacher: Teacher | None,
+    ) -> None:
+        self.pair, self.config, self.tokens, self.job = pair, config, tokens, job
+        self.told, self.note, self.teacher = told, note, teacher
+        blocks = f"{pair.packed.blocks_name}."
+        self.names = [
+            info.name for info in pair.original.linears() if info.name in pair.layers and info.name.startswith(blocks)
+        ]
+        self._check()
+        sizes = [(name, pair.layers[name].out_features * pair.layers[name].in_features) for name in self.names]
+        self.parts = parts_of(sizes, config.rounds or len(pair.original.blocks))
+        self._saved = time.monotonic()
+
+    def _check(self) -> None:
+        """Raise UsageError where a linear's form is none that settings give."""
+        bad = []
+        for name in self.names:
+            layer = self.pair.layers[name]
+            geometry, faults = plan_geometry(layer.out_features, layer.in_features, layer.linear_config())
+            if faults or geometry != layer.geometry or layer.linear_config().faults():
+                bad.append(name)
+        if bad:
+            raise UsageError(
+                "these linears are packed in a form that can't be quantized anew", where=bad, hint="leave out --train indices"
+            )
+
+    def units(self) -> float:
+        """What `told` is told in all: tokens that went forward through a block."""
+        return len(self.parts) * (self._hessian_units() + self._schedule.steps * self._step_units())
+
+    @property
+    def _schedule(self) -> Schedule:
+        config = self.config
+        steps = config.round_steps
+        warmup = math.ceil(steps / 10)
+        return Schedule(steps, config.round_rate, warmup, config.weight_decay, eval_every=steps, patience=steps)
+
+    def _hessian_units(self) -> float:
+        return BACKWARD * sum(batch.numel() for batch in self._batches()) * len(self.pair.original.blocks)
+
+    def _step_units(self) -> float:
+        config, tokens = self.config, self.tokens.shape[1]
+        looks = 2 * (config.num_held_out or 1) * tokens / config.round_steps
+        return (BACKWARD * (config.batch_size or 1) * tokens + looks) * len(self.pair.original.blocks)
+
+    def _batches(self) -> list[Tensor]:
+        """The text that Hessians are summed over."""
+        train = len(self.tokens) - (self.config.num_held_out or 0)
+        count = min(train, max(1, HESSIAN_TOKENS // self.tokens.shape[1]))
+        return list(self.tokens[:count].split(self.config.at_once))
+
+    def run(self) -> NewIndices:
+        """Quantize anew; or what a stopped run found."""
+        folder, kept = self.job.work / FOLDER, self.job.load_tensors("indices-found")
+        if kept is not None:
+            better = kept[1]["better"]
+            if not better or is_whole(folder):
+                return NewIndices(folder if better else self.pair.packed.folder, tuple(kept[1]["held_out"]), kept[1]["history"])
+        before = self._before()
+        work = self._prepare()
+        state = self.job.load_tensors(STATE)
+        if state is not None:
+            work.load_state(*state)
+            self.told("quantizing", work.done * self.units() / len(self.parts))
+        work.run(self._told, self._after_part)
+        better = work.loss < before
+        word = "" if better else "; that is no gain: the old indices stay"
+        self.note(f"indices chosen anew in {len(self.parts)} parts: held-out loss {before:.4f} -> {work.loss:.4f}{word}")
+        if better:
+            own = [name for name, _ in self.pair.packed.model.named_parameters()]
+            write_changed(folder, self.pair.packed_source, own, self.pair.layers, self._changed(work))
+        held_out = (before, work.loss if better else before)
+        self.job.save_tensors("indices-found", {}, {"better": better, "held_out": held_out, "history": work.history})
+        return NewIndices(folder if better else self.pair.packed.folder, held_out, work.history)
+
+    def _told(self, phase: str) -> None:
+        self.told(phase, self._hessian_units() if phase == "quantizing" else self._step_units())
+
+    def _after_part(self, work: Incremental) -> None:
+        self.job.log(f"part {work.done} of {len(self.parts)}: held-out loss {work.quantized_loss:.4f} -> {work.loss:.4f}")
+        if time.monotonic() - self._saved >= SAVE_SECONDS:
+            self.job.check_lock()
+            self.job.save_tensors(STATE, *work.state())
+            self._saved = time.monotonic()
+
+    def _before(self) -> float:
+        """The held-out loss of the checkpoint as it is."""
+        student = self.pair.load_student()
+        distillation = self._distillation(student)
+        distillation.unpacked = unpacked_in(student, self.pair, self.config)
+        return distillation.held_out()
+
+    def _prepare(self) -> Incremental:
+        pair = self.pair
+        model = self._float_model()
+        layers = {name: pair.layers[name] for name in self.names}
+        owners = {layer.codebook_of or name for name, layer in layers.items() if layer.num_scales}
+        forms = Forms(layers, {name: self._codebooks(name) for name in owners}, pair.packed.dtype)
+        return Incremental(model, self.parts, forms, self._distillation(model), self._schedule, self._batches())
+
+    def _float_model(self) -> nn.Module:
+        """The original in float32, rotated where the packed one is; what is packed outside of the blocks as it is there."""
+        pair = self.pair
+        skeleton: Skeleton = load_skeleton(pair.original.folder, pair.trust_remote_code, torch.float32)
+        ends = {name: layer for name, layer in pair.layers.items() if name not in set(self.names)}
+        with contextlib.closing(open_folder(skeleton, find_fold(skeleton, pair.layers), pair.device)) as base:
+            stored = DequantizedSource(
+                base, ends, lambda name: packed_tensors(pair.packed_source, name, ends[name]), torch.float32, pair.device
+            )
+            fill_model(skeleton, stored, pair.device, torch.float32)
+        if self.config.gradient_checkpointing:
+            compute_blocks_twice(skeleton.model)
+        return skeleton.model
+
+    def _distillation(self, model: Any) -> Distillation:
+        config = self.config
+        return Distillation(
+            model,
+            self.tokens,
+            self.teacher.logits(self.told) if self.teacher else None,
+            Weights(config.kl_weight, config.ce_weight),
+            batch=config.batch_size or 1,
+            micro_batch=config.at_once,
+            num_held_out=config.num_held_out or 1,
+            seed=config.seed,
+            device=self.pair.device,
+            compute=self.pair.compute,
+        )
+
+    def _codebooks(self, owner: str) -> tuple[Codebook, ...]:
+        """The codebooks that a linear stores for all that share them."""
+        layer, dtype = self.pair.layers[owner], self.pair.packed.dtype
+        tensors = {key: own.to(self.pair.device) for key, own in packed_tensors(self.pair.packed_source, owner, layer).items()}
+        sizes = {"centroids": layer.num_centroids[1], "res_centroids": layer.num_res_centroids[1]}
+        found = [stored_centroids(name, tensors, layer, size, layer.vector_lens[1]) for name, size in sizes.items() if size > 0]
+        return tuple(store_codebook(values, layer.bitwidth, layer.bsize, dtype) for values in found)
+
+    def _changed(self, work: Incremental) -> dict[str, Tensor]:
+        """All that differs from the given checkpoint, by the packed model's names."""
+        known = {name for name, _ in self.pair.packed.model.named_parameters()}
+        norms = {item.name: item.rounded().cpu() for item in work.items() if item.name in known}
+        return norms | work.tensors
