@@ -100,6 +100,7 @@ INSIDE = {  # order of files within a room, from the street up
     "checkpoint": ["on_import", "names", "record", "writer", "reader", "verify", "transformers_bridge"],
     "finetune": [
         "trainable",
+        "recorded",
         "unpacked",
         "fit",
         "distill",

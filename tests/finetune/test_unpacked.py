@@ -148,3 +148,27 @@ def test_nothing_keeps_the_weights_after_a_training(generator):
     del unpacked
     gc.collect()
     assert weight() is None
+
+
+@pytest.mark.parametrize("setting", ["trellis 2", "residual", "outliers"])
+def test_step_after_step_gradients_are_those_of_the_weights_as_they_are_by_then(setting, generator, device):
+    """On a GPU the work of a step is recorded at the third, and played again from then on."""
+    module = learning(random_module(setting, SHAPE, torch.float32, device, generator))
+    unpacked = Unpacked(module, torch.float32)
+    x = torch.randn(5, SHAPE[1], generator=generator).to(device)
+    for _ in range(6):
+        module(x).square().sum().backward()
+        expected = gradients(module)
+        with unpacked.learning():
+            module(x).square().sum().backward()
+        found = {name: gradient.clone() for name, gradient in gradients(module).items()}
+        assert set(found) == set(expected)
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if name in found:
+                    parameter.sub_(0.1 * found[name] / found[name].abs().max().clamp_min(1e-9))
+    assert unpacked.fault is None
+    if device.type == "cuda":
+        assert unpacked._give._graph is not None and unpacked._refresh._graph is not None

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tests.pipeline.test_finetune import Stop, changed_names, checkpoints, originals, wishes  # noqa: F401 (fixtures)
+from tests.pipeline.test_finetune import Stop, changed_names
 from tests.pipeline.test_run import config_of
 from vptq.checkpoint.reader import load_whole
 from vptq.errors import UsageError
@@ -25,7 +25,7 @@ from vptq.pipeline.tune_models import Pair
 
 @pytest.mark.parametrize("kind", ["plain", "folded"])
 @pytest.mark.parametrize("unpack", [False, True])
-def test_slopes_of_the_blocks_are_those_of_the_whole_model(kind, unpack, wishes, originals, checkpoints, tmp_path, monkeypatch):  # noqa: F811
+def test_slopes_of_the_blocks_are_those_of_the_whole_model(kind, unpack, wishes, originals, checkpoints, tmp_path, monkeypatch):
     """The gradient of each block's local model is that of KL(original || packed) end to end."""
     config = wishes(kind, mode="block", unpack=unpack).resolved(1000, 128)
     pair = Pair.open(originals[kind], checkpoints[kind], torch.device("cpu"), False, False)
@@ -63,7 +63,7 @@ def test_slopes_of_the_blocks_are_those_of_the_whole_model(kind, unpack, wishes,
         torch.testing.assert_close(found[name], gradient, rtol=1e-2, atol=1e-3 * size + 1e-7, msg=name)
 
 
-def test_each_pass_goes_on_from_the_last(wishes, checkpoints):  # noqa: F811
+def test_each_pass_goes_on_from_the_last(wishes, checkpoints):
     notes = []
     progress = Silent()
     progress.note = notes.append
@@ -80,7 +80,7 @@ def test_each_pass_goes_on_from_the_last(wishes, checkpoints):  # noqa: F811
 @pytest.mark.parametrize(
     "phase, count", [("1 outputs, block 1", 2), ("2 predictions, block 0", 11), ("3 predictions, block 1", 2)]
 )
-def test_a_stopped_pass_goes_on(phase, count, wishes):  # noqa: F811
+def test_a_stopped_pass_goes_on(phase, count, wishes):
     whole = finetune_model(wishes(mode="block"))
     stop = Stop(phase, count)
     with pytest.raises(KeyboardInterrupt):
@@ -91,7 +91,7 @@ def test_a_stopped_pass_goes_on(phase, count, wishes):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", [OutputPass, PredictionPass])
-def test_a_pass_begins_where_the_last_ended(kind, wishes, originals, checkpoints, tmp_path, monkeypatch):  # noqa: F811
+def test_a_pass_begins_where_the_last_ended(kind, wishes, originals, checkpoints, tmp_path, monkeypatch):
     config = wishes(mode="block").resolved(1000, 128)
     pair = Pair.open(originals["plain"], checkpoints["plain"], torch.device("cpu"), False, False)
     batches = list(torch.randint(30, (6, 16), generator=torch.Generator().manual_seed(0)).split(2))
@@ -112,7 +112,7 @@ def test_a_pass_begins_where_the_last_ended(kind, wishes, originals, checkpoints
     torch.testing.assert_close(seen[name], 2 * before)
 
 
-def test_damping_makes_second_order_cost_more(wishes, originals, checkpoints, tmp_path, monkeypatch):  # noqa: F811
+def test_damping_makes_second_order_cost_more(wishes, originals, checkpoints, tmp_path, monkeypatch):
     config = wishes(mode="block").resolved(1000, 128)
     pair = Pair.open(originals["plain"], checkpoints["plain"], torch.device("cpu"), False, False)
     batches = list(torch.randint(30, (6, 16), generator=torch.Generator().manual_seed(0)).split(2))
@@ -125,7 +125,7 @@ def test_damping_makes_second_order_cost_more(wishes, originals, checkpoints, tm
     torch.testing.assert_close(metrics[2], 3 * metrics[0])
 
 
-def test_steps_of_a_pass(wishes):  # noqa: F811
+def test_steps_of_a_pass(wishes):
     folder = finetune_model(wishes(mode="block", passes=("outputs", "predictions"), steps=9, eval_every=3)).folder
     curves = json.loads((folder / "curves.json").read_text())["curves"]
     steps = {name: [(e["step"], "held_out" in e) for e in history] for name, history in curves.items()}
@@ -133,7 +133,7 @@ def test_steps_of_a_pass(wishes):  # noqa: F811
     assert steps["2 predictions: 1"] == [(n, True) for n in range(4)]
 
 
-def test_damping_follows_how_well_a_pass_did(wishes, monkeypatch):  # noqa: F811
+def test_damping_follows_how_well_a_pass_did(wishes, monkeypatch):
     from vptq.pipeline import tune_blocks
 
     asked = []
@@ -145,7 +145,7 @@ def test_damping_follows_how_well_a_pass_did(wishes, monkeypatch):  # noqa: F811
     assert asked == pytest.approx([1.4, 4.2])
 
 
-def test_a_way_that_leads_too_far_is_not_taken(wishes, monkeypatch):  # noqa: F811
+def test_a_way_that_leads_too_far_is_not_taken(wishes, monkeypatch):
     from vptq.errors import NumericalError
     from vptq.pipeline import tune_check
 
@@ -162,7 +162,7 @@ def test_a_way_that_leads_too_far_is_not_taken(wishes, monkeypatch):  # noqa: F8
     assert len(calls) == 3 and result.held_out[1] <= result.held_out[0]
 
 
-def test_too_little_memory_is_told_before_anything_is_written(wishes, monkeypatch, tmp_path):  # noqa: F811
+def test_too_little_memory_is_told_before_anything_is_written(wishes, monkeypatch, tmp_path):
     monkeypatch.setattr("vptq.pipeline.prediction_pass.free_memory", lambda _device: 300_000)
     with pytest.raises(UsageError, match=r"too little memory(.|\n)*for 640 tokens(.|\n)*--passes outputs"):
         finetune_model(wishes(mode="block"))
@@ -170,7 +170,7 @@ def test_too_little_memory_is_told_before_anything_is_written(wishes, monkeypatc
     assert finetune_model(wishes(mode="block", passes=("outputs",))).held_out
 
 
-def test_states_are_kept_off_the_gpu_where_they_would_fill_it(wishes, monkeypatch):  # noqa: F811
+def test_states_are_kept_off_the_gpu_where_they_would_fill_it(wishes, monkeypatch):
     asked = []
     real = Pair.packed_runner
     monkeypatch.setattr(Pair, "packed_runner", lambda self, spare=False: asked.append(spare) or real(self, spare))

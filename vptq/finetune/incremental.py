@@ -25,8 +25,7 @@ from vptq.layer_config import LayerConfig
 from vptq.quantize.linear import LinearInput, quantize_linears
 from vptq.quantize.result import Codebook, QuantizedWeight, spread_rows
 
-import os
-HESSIAN_TOKENS = int(os.environ.get("HT", 1 << 17))  # that Hessians are summed over
+HESSIAN_TOKENS = 1 << 17  # that Hessians are summed over
 
 
 def parts_of(linears: Sequence[tuple[str, int]], count: int) -> list[tuple[str, ...]]:

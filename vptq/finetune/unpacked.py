@@ -8,12 +8,13 @@ and add up dL/dW; once a step dL/dθ = (dW/dθ)ᵀ dL/dW follows. The same gradi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vptq.finetune.recorded import Recorded
 from vptq.models.device import free_memory
 from vptq.nn.vquant_linear import VQuantLinear
 
@@ -30,6 +31,16 @@ class Unpacked:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._stands = [_StandIn(linear, dtype) for linear in unpackable(model)]
+        self._learning = [stand for stand in self._stands if stand.learns]
+        learners = {id(own): own for stand in self._learning for own in stand.linear.learners()}
+        on_gpu = any(own.is_cuda for own in learners.values())
+        self._refresh: Callable[[], None] = Recorded(self._make_anew) if on_gpu else self._make_anew
+        self._give: Callable[[], None] = Recorded(self._hand_on, learners.values()) if on_gpu else self._hand_on
+
+    @property
+    def fault(self) -> str | None:
+        """Why a GPU's work for a step can't be recorded, which makes steps slower; None where it can, or has not been tried."""
+        return next((own.fault for own in (self._refresh, self._give) if isinstance(own, Recorded) and own.fault), None)
 
     def looking(self) -> contextlib.AbstractContextManager[None]:
         """Let the linears multiply with their weights as they are now, without gradients of their own."""
@@ -43,13 +54,25 @@ class Unpacked:
     def _standing(self, learn: bool) -> Iterator[None]:
         try:
             for stand in self._stands:
-                stand.unpack(learn)
-            yield
+                stand.prepare()
+            self._refresh()
             for stand in self._stands:
-                stand.hand_on()
+                stand.enter(learn)
+            yield
+            if learn:
+                everywhere = all(stand.has_gradient for stand in self._learning)  # else other work than was recorded
+                (self._give if everywhere else self._hand_on)()
         finally:
             for stand in self._stands:
                 stand.leave()
+
+    def _make_anew(self) -> None:
+        for stand in self._learning:
+            stand.unpack()
+
+    def _hand_on(self) -> None:
+        for stand in self._learning:
+            stand.hand_on()
 
 
 class _StandIn:
@@ -57,20 +80,27 @@ class _StandIn:
 
     def __init__(self, linear: VQuantLinear, dtype: torch.dtype) -> None:
         self.linear, self.dtype = linear, dtype
-        self.learns = linear.learns()
+        self.learns = bool(linear.learners())
         self._weight: Tensor | None = None
-        self._sum: Tensor | None = None
+        self._sum: Tensor | None = None  # from the first gradient on
+        self.has_gradient = False  # of this step
         self._hook: RemovableHandle | None = None  # for a step only: what torch keeps would keep this object for ever
 
-    def unpack(self, learn: bool) -> None:
-        """Put the weight as it is now into the linear."""
-        if self._weight is None or self.learns:
+    def prepare(self) -> None:
+        """Make the weight, where there is none yet: from then on it lies where it lies."""
+        if self._weight is None:
             with torch.no_grad():
-                made = self.linear.unpacked_weight().to(self.dtype)
-            if self._weight is None:
-                self._weight = made
-            else:
-                self._weight.data.copy_(made)
+                self._weight = self.linear.unpacked_weight().to(self.dtype)
+
+    @torch.no_grad()
+    def unpack(self) -> None:
+        """Bring the weight to what it is now."""
+        assert self._weight is not None
+        self._weight.data.copy_(self.linear.unpacked_weight())
+
+    def enter(self, learn: bool) -> None:
+        """Put the weight into the linear."""
+        assert self._weight is not None
         self._weight.requires_grad_(learn and self.learns)
         if self._weight.requires_grad:
             self._hook = self._weight.register_post_accumulate_grad_hook(self._add)
@@ -80,23 +110,23 @@ class _StandIn:
         """Add up in float32, whatever the products are in."""
         assert weight.grad is not None
         if self._sum is None:
-            self._sum = weight.grad.float()
-        else:
+            self._sum = torch.empty_like(weight, dtype=torch.float32, requires_grad=False)
+        if self.has_gradient:
             self._sum.add_(weight.grad)
-        weight.grad = None
+        else:
+            self._sum.copy_(weight.grad)
+        self.has_gradient, weight.grad = True, None
 
     def hand_on(self) -> None:
         """From the weight's gradient to those of the packed tensors."""
-        if self._sum is None:
-            return
-        with torch.enable_grad():
-            torch.autograd.backward(self.linear.unpacked_weight(), self._sum)
-        self._sum = None
+        if self.has_gradient:
+            with torch.enable_grad():
+                torch.autograd.backward(self.linear.unpacked_weight(), self._sum)
 
     def leave(self) -> None:
         """Let the linear multiply packed again."""
         self.linear.stand_in = None
-        self._sum = None
+        self.has_gradient = False
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

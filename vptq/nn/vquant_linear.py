@@ -166,9 +166,9 @@ class VQuantLinear(nn.Module):
         weight = rotate(dequantize_rotated(self._tensors(), self.layer_config), rotation.across, back=True)
         return weight if rotation.down is None else rotate(weight.T.contiguous(), rotation.down, back=True).T.contiguous()
 
-    def learns(self) -> bool:
-        """Whether gradients are asked for of any of its packed tensors, a codebook that another linear stores among them."""
-        return _learns(self._tensors())
+    def learners(self) -> list[nn.Parameter]:
+        """Its packed tensors that gradients are asked for of, a codebook that another linear stores among them."""
+        return [own for own in self._tensors().values() if isinstance(own, nn.Parameter) and own.requires_grad]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in x's type. A rotated weight stays rotated: inputs and outputs turn."""

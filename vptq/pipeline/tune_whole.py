@@ -11,6 +11,7 @@ from torch import Tensor
 from vptq.finetune.distill import Distillation, Weights
 from vptq.finetune.fit import Fit
 from vptq.finetune.trainable import trainables
+from vptq.finetune.unpacked import Unpacked
 from vptq.finetune_config import FinetuneConfig
 from vptq.pipeline.block_pass import Told, schedule_of, unpacked_in
 from vptq.pipeline.teacher import Teacher
@@ -43,6 +44,7 @@ class WholeTuning:
         self.told, self.note, self.team = told, note, team
         self.schedule = schedule_of(config)
         self.teacher = teacher
+        self.unpacked: Unpacked | None = None
         self.held_out = (math.nan, math.nan)  # the loss, before and after
 
     def units(self) -> float:
@@ -74,12 +76,15 @@ class WholeTuning:
             fit.load_state(*kept)
             self.told("training", fit.step * self._step_units())
         fit.run(self._after_step)
+        if self.unpacked and self.unpacked.fault:
+            self.note(f"steps were started kernel by kernel, which is slower: {self.unpacked.fault}")
         self.held_out = fit.first, fit.best
         self._tell_end(fit)
         return {name: tensor.cpu() for name, tensor in fit.best_values.items()}, {"whole model": fit.history}
 
     def _fit(self, student: Any, items: list[Any], teacher: Callable[[list[int]], Tensor] | None) -> Fit:
         config = self.config
+        self.unpacked = unpacked_in(student, self.pair, config)
         distillation = Distillation(
             student,
             self.tokens,
@@ -94,7 +99,7 @@ class WholeTuning:
             rank=self.team.rank,
             world=self.team.world,
             reduce=None if self.team.world == 1 else self.team.add_up,
-            unpacked=unpacked_in(student, self.pair, config),
+            unpacked=self.unpacked,
         )
         return Fit(items, self.schedule, distillation.train, distillation.held_out)
 
