@@ -153,6 +153,7 @@ INSIDE = {  # order of files within a room, from the street up
         "settle",
         "run",
         "tune_job",
+        "tune_result",
         "tune_text",
         "tune_models",
         "tune_check",

@@ -14,7 +14,7 @@ from vptq.models.remote import shown
 from vptq.recipe import HUB_NAMES
 
 if TYPE_CHECKING:
-    from vptq.pipeline.finetune import TuneResult
+    from vptq.pipeline.tune_result import TuneResult
 
 EXAMPLES = """\
   vptq finetune --model_name outputs/demo/.../packed_model                     the demo model, block by block, offline

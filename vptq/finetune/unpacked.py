@@ -8,6 +8,7 @@ and add up dL/dW; once a step dL/dθ = (dW/dθ)ᵀ dL/dW follows. The same gradi
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -34,8 +35,9 @@ class Unpacked:
         self._learning = [stand for stand in self._stands if stand.learns]
         learners = {id(own): own for stand in self._learning for own in stand.linear.learners()}
         on_gpu = any(own.is_cuda for own in learners.values())
-        self._refresh: Callable[[], None] = Recorded(self._make_anew) if on_gpu else self._make_anew
-        self._give: Callable[[], None] = Recorded(self._hand_on, learners.values()) if on_gpu else self._hand_on
+        make, give = functools.partial(_make_anew, self._learning), functools.partial(_hand_on, self._learning)
+        self._refresh: Callable[[], None] = Recorded(make) if on_gpu else make
+        self._give: Callable[[], None] = Recorded(give, learners.values()) if on_gpu else give
 
     @property
     def fault(self) -> str | None:
@@ -61,18 +63,13 @@ class Unpacked:
             yield
             if learn:
                 everywhere = all(stand.has_gradient for stand in self._learning)  # else other work than was recorded
-                (self._give if everywhere else self._hand_on)()
+                if everywhere:
+                    self._give()
+                else:
+                    _hand_on(self._learning)
         finally:
             for stand in self._stands:
                 stand.leave()
-
-    def _make_anew(self) -> None:
-        for stand in self._learning:
-            stand.unpack()
-
-    def _hand_on(self) -> None:
-        for stand in self._learning:
-            stand.hand_on()
 
 
 class _StandIn:
@@ -130,6 +127,16 @@ class _StandIn:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+
+def _make_anew(stands: list[_StandIn]) -> None:
+    for stand in stands:
+        stand.unpack()
+
+
+def _hand_on(stands: list[_StandIn]) -> None:
+    for stand in stands:
+        stand.hand_on()
 
 
 def unpackable(model: nn.Module) -> list[VQuantLinear]:

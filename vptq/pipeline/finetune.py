@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vptq.bits import ModelBits, checkpoint_bits
+from vptq.bits import checkpoint_bits
 from vptq.checkpoint.reader import open_packed, packed_tensors
 from vptq.checkpoint.writer import is_whole, write_changed, write_unpacked
 from vptq.data import check_dataset
@@ -44,6 +44,7 @@ from vptq.pipeline.tune_blocks import BlockTuning
 from vptq.pipeline.tune_indices import IndexTuning, NewIndices
 from vptq.pipeline.tune_job import TEXT, TuneJob
 from vptq.pipeline.tune_models import Pair
+from vptq.pipeline.tune_result import TuneResult, finished_result
 from vptq.pipeline.tune_text import check_length, datasets_of, tuning_tokens
 from vptq.pipeline.tune_whole import WholeTuning
 
@@ -52,24 +53,6 @@ TRAINED = "trained"
 CURVES = {"block": "loss", "e2e": "loss, nats a token", "lora": "loss, nats a token"}
 LOSSES = {"block": "KL of the whole model", "e2e": "loss", "lora": "loss"}
 Weights = Iterator[tuple[str, Tensor]]  # linear name, weight
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """What a fine-tuning gave.
-
-    Attributes:
-        folder: the run folder. bits: of the packed checkpoint.
-        held_out: loss on what was held out, (before, after). loss: what that is.
-        perplexities: dataset -> "original", "before", "after".
-    """
-
-    folder: Path
-    bits: ModelBits
-    held_out: tuple[float, float]
-    loss: str
-    perplexities: Mapping[str, Mapping[str, Perplexity]]
-    seconds: float
 
 
 def finetune_model(
@@ -100,7 +83,7 @@ def finetune_model(
             free = {name: value for name, value in given.items() if name in job.free_on_resume}
             config = FinetuneConfig.from_flat(job.config.to_flat() | free)
             if job.finished:
-                return _finished(job) if team.rank == 0 else None
+                return finished_result(job) if team.rank == 0 else None
         config.validate()
         if team.world > 1 and (config.mode != "e2e" or config.new_indices):
             what = "--train indices" if config.new_indices else f"mode {config.mode}"
@@ -269,13 +252,11 @@ class _Run:
         self._note(
             f"text: {', '.join(datasets_of(self.config))}; {trained:,} tokens to train on, {held_out} sequences held out"
         )
-        assert self.config.learning_rate is not None
         if self.indices:
-            rounds = len(self.indices.parts)
-            self._note(f"indices: {rounds} parts, {self.config.round_steps} steps after each, rate {self.config.round_rate:g}")
-        self._note(
-            f"{self.config.steps} steps of {self.config.batch_size} sequences, learning rate {self.config.learning_rate:g}"
-        )
+            self._note(self.indices.description)
+        if self._trains:
+            rate = f"learning rate {self.config.learning_rate:g}"
+            self._note(f"{self.config.steps} steps of {self.config.batch_size} sequences, {rate}")
 
     def _start(self, given: Path) -> Path:
         """The checkpoint that training starts from: `given`, or with tensors more."""
@@ -393,17 +374,6 @@ def _dequantized(source: FolderSource, layers: Mapping[str, LayerConfig], dtype:
         if not layer.weight_of:
             tensors = {key: tensor.to(device) for key, tensor in packed_tensors(source, name, layer).items()}
             yield name, dequantize_packed(tensors, layer, dtype).cpu()
-
-
-def _finished(job: TuneJob) -> TuneResult:
-    """What a finished run found, read back from its folder."""
-    stored = job.perplexities()
-    context: dict[str, Any] = next((values for key, values in stored.items() if key.startswith("ctx_")), {})
-    perplexities = {name: {which: Perplexity.from_dict(p) for which, p in of.items()} for name, of in context.items()}
-    held_out = stored["held_out"]["before"], stored["held_out"]["after"]
-    packed = job.folder / "packed_model"
-    bits = checkpoint_bits(packed if packed.exists() else resolve_folder(job.config.model_name))
-    return TuneResult(job.folder, bits, held_out, stored["held_out"]["loss"], perplexities, 0.0)
 
 
 @contextlib.contextmanager

@@ -10,12 +10,13 @@ from vptq.config import QuantConfig
 from vptq.finetune_config import FinetuneConfig
 from vptq.models.architecture import load_skeleton
 from vptq.models.device import forced_dtype, resolve_device
-from vptq.pipeline.finetune import TuneResult, finetune_model
+from vptq.pipeline.finetune import finetune_model
 from vptq.pipeline.job import Job
 from vptq.pipeline.outcome import RunResult
 from vptq.pipeline.prediction_pass import has_room
 from vptq.pipeline.progress import Progress
 from vptq.pipeline.run import quantize_model
+from vptq.pipeline.tune_result import TuneResult
 from vptq.recipe import BlockPassKind
 
 

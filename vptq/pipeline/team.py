@@ -57,8 +57,10 @@ class Launched:
         torch.distributed.all_reduce(tensor)
 
     def wait(self) -> None:
-        """Until all are here."""
-        self.state.wait_for_everyone()
+        """Until all are here: a sum needs all. (A barrier of torch's takes a GPU where there is one, asked for or not.)"""
+        here = torch.zeros(1, device=self.device)
+        self.add_up(here)
+        here.item()
 
     def share(self, value: Any) -> Any:
         """What the first process has, for all."""

@@ -90,6 +90,12 @@ class IndexTuning:
                 "these linears are packed in a form that can't be quantized anew", where=bad, hint="leave out --train indices"
             )
 
+    @property
+    def description(self) -> str:
+        """What it will do, in a line."""
+        config = self.config
+        return f"indices: {len(self.parts)} parts, {config.round_steps} steps after each, learning rate {config.round_rate:g}"
+
     def units(self) -> float:
         """What `told` is told in all: tokens that went forward through a block."""
         return len(self.parts) * (self._hessian_units() + self._schedule.steps * self._step_units())
