@@ -29,7 +29,7 @@ LEARNS_AS: dict[str, tuple[TrainableKind, ...]] = {
     "column_scales": ("scales", "offsets"),
     "biases": ("offsets",),
 }
-ROUND_STEPS, ROUND_RATE = 20, 1e-3
+ROUND_STEPS, ROUND_RATE = 30, 5e-4
 ONLY_IN: dict[str, tuple[str, ...]] = {  # modes that a setting is for, where it is not for all
     "passes": ("block",),
     "add": ("block", "e2e"),

@@ -16,7 +16,8 @@ def save_curves(folder: Path, curves: Mapping[str, History], label: str) -> bool
 
     Args:
         curves: by what was trained, dicts with `step`, `loss` and now and then `held_out`. What stands before a colon in the
-            name parts them into groups, such as passes over the blocks. label: of the loss.
+            name parts them into groups, such as passes over the blocks; without one a training is drawn for itself. label: of
+            the loss.
     """
     save_json(folder / "curves.json", {"loss": label, "curves": {name: list(history) for name, history in curves.items()}})
     try:
@@ -28,14 +29,16 @@ def save_curves(folder: Path, curves: Mapping[str, History], label: str) -> bool
 
     groups: dict[str, dict[str, History]] = {}
     for name, history in curves.items():
-        group, _, part = name.rpartition(": ")
-        groups.setdefault(group, {})[part] = history
+        group, colon, part = name.rpartition(": ")
+        groups.setdefault(group if colon else name, {})[part] = history
     figure = Figure(figsize=(8, 4.5 if len(groups) == 1 else 3.2 * len(groups)), dpi=120, layout="constrained")
-    if len(curves) == 1:
-        _draw_one(figure.subplots(), next(iter(curves.values())), label)
-    else:
-        for row, (group, own) in zip(figure.subplots(len(groups), 2, squeeze=False), groups.items(), strict=True):
+    many = any(": " in name for name in curves)
+    for row, (group, own) in zip(figure.subplots(len(groups), 1 + many, squeeze=False), groups.items(), strict=True):
+        if many:
             _draw_many(row, own, label)
+        else:
+            _draw_one(row[0], own[group], label)
+        if len(groups) > 1 or many:
             row[0].set_title(group, loc="left", fontsize="medium")
     with whole_file(folder / "curves.png") as partial:
         figure.savefig(partial, format="png")
