@@ -28,15 +28,13 @@ LEARNS_AS: dict[str, tuple[TrainableKind, ...]] = {
     "row_scales": ("scales",),
     "column_scales": ("scales", "offsets"),
     "biases": ("offsets",),
+    "codebooks": ("codebooks",),
 }
 ROUND_STEPS, ROUND_RATE = 30, 5e-4
 ONLY_IN: dict[str, tuple[str, ...]] = {  # modes that a setting is for, where it is not for all
     "passes": ("block",),
     "add": ("block", "e2e"),
     "head_rate": ("e2e",),
-    "rounds": ("e2e",),
-    "round_steps": ("e2e",),
-    "round_rate": ("e2e",),
     "kl_weight": ("e2e",),
     "ce_weight": ("e2e",),
     "teacher": ("e2e",),
@@ -76,7 +74,7 @@ class FinetuneConfig:
         None,
         "tuning",
         "what linears get first that changes nothing, but can learn: row_scales (16 bits a row), column_scales (32 a column), "
-        "biases (16 a row)",
+        "biases (16 a row), codebooks (of its own for each linear that shares one)",
         "KIND",
     )
     dataset: tuple[str, ...] | None = option(
@@ -110,7 +108,7 @@ class FinetuneConfig:
     rounds: int | None = option(
         None,
         "training",
-        "with --train indices: parts of the model that are quantized anew one after the other (default: one a block)",
+        "with --train indices: parts of the model that are quantized anew one after the other (default: as many as blocks)",
     )
     round_steps: int = option(
         ROUND_STEPS, "training", "with --train indices: steps that weights which are still float train after each part"
@@ -171,6 +169,11 @@ class FinetuneConfig:
         return "indices" in (self.train or ())
 
     @property
+    def only_indices(self) -> bool:
+        """Whether nothing trains after that."""
+        return self.new_indices and not self.kept_kinds
+
+    @property
     def kept_kinds(self) -> tuple[TrainableKind, ...]:
         """What trains of the packed model, with indices as they are."""
         return tuple(kind for kind in self.train or () if kind != "indices")
@@ -201,8 +204,8 @@ class FinetuneConfig:
         unsaved = self.save_model and "biases" in (self.add or ())
         check(not unsaved, "a dequantized model has no place for added biases: leave out save_model, or biases")
         for name, modes in ONLY_IN.items():
-            default = next(f.default for f in dataclasses.fields(self) if f.name == name)
-            check(self.mode in modes or getattr(self, name) == default, f"{name} goes with mode {' or '.join(modes)}")
+            told = getattr(self, name) != _default_of(name)
+            check(self.mode in modes or not told, f"{name} goes with mode {' or '.join(modes)}")
         keeps = self.mode == "e2e" or SELF in (self.dataset or ())
         check(keeps or self.cache_dir is None, f"cache_dir goes with mode e2e, or dataset {SELF}")
         check(self.cache_dir is None or "://" not in self.cache_dir, f"cache_dir is {self.cache_dir}: a folder here is needed")
@@ -236,12 +239,14 @@ class FinetuneConfig:
 
     def _check_rounds(self, check: Checker) -> None:
         check(self.mode != "block" or not self.new_indices, "train indices goes with mode e2e")
-        own = (("rounds", None), ("round_steps", ROUND_STEPS), ("round_rate", ROUND_RATE))
-        for name, default in own:
+        for name in ("rounds", "round_steps", "round_rate"):
             value = getattr(self, name)
-            check(self.new_indices or value == default, f"{name} goes with train indices")
+            check(self.new_indices or value == _default_of(name), f"{name} goes with train indices")
             check(value is None or value > 0, f"{name} is {value}, must be over 0")
         check(self.round_rate <= 1, f"round_rate is {self.round_rate}, must be at most 1")
+        for name in ("steps", "learning_rate", "eval_every", "patience", "warmup_frac"):
+            told = getattr(self, name) != _default_of(name)
+            check(not self.only_indices or not told, f"{name} is for what trains after indices: train names nothing else")
 
     def validate(self) -> None:
         """Raise one UsageError with every fault there is."""
@@ -273,11 +278,11 @@ class FinetuneConfig:
             nsamples=nsamples,
             seq_len=seq_len,
             num_held_out=self.num_held_out or max(1, min(nsamples // 8, 32)),
-            steps=steps,
-            learning_rate=self.learning_rate or (LORA_RATE if self.mode == "lora" else by_size),
+            steps=None if self.only_indices else steps,
+            learning_rate=None if self.only_indices else self.learning_rate or (LORA_RATE if self.mode == "lora" else by_size),
             batch_size=batch,
             micro_batch_size=next(size for size in range(most, 0, -1) if batch % size == 0),
-            eval_every=min(self.eval_every or max(1, steps // 10), steps),
+            eval_every=None if self.only_indices else min(self.eval_every or max(1, steps // 10), steps),
         )
 
     def to_flat(self) -> dict[str, Any]:
@@ -294,3 +299,7 @@ class FinetuneConfig:
             raise UsageError("unknown settings", where=unknown, hint=f"known: {', '.join(sorted(known))}")
         given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**given)
+
+
+def _default_of(name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(FinetuneConfig) if field.name == name)

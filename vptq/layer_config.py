@@ -104,13 +104,16 @@ class LayerConfig:
             codebook_of=codebook_of,
         )
 
-    def linear_config(self) -> LinearConfig:
+    def linear_config(self, shared: bool) -> LinearConfig:
         """Settings under which a weight of this shape is quantized to this form.
 
         How indices and codebooks are searched for is not stored: of that, the defaults. Scales and biases that fine-tuning
-        added are no settings: they are neutral in what is quantized anew.
+        added are no settings.
+
+        Args:
+            shared: whether the codebook is given, as it is where others share it. (Scales don't tell: they may be added.)
         """
-        shared, off = self.num_scales > 0, (OFF, OFF)
+        off = (OFF, OFF)
         outliers = self.outlier_size > 0
         absorbs = self.vector_quant_dim == "out" and self.group_num == 1 and not outliers
         return LinearConfig(

@@ -56,7 +56,7 @@ def test_a_stored_form_tells_settings_that_give_it(shape, settings):
     geometry, _ = plan_geometry(*shape, config)
     assert geometry is not None
     layer = LayerConfig.of(config, geometry, bias=False)
-    found = layer.linear_config()
+    found = layer.linear_config(config.is_shared)
     assert not found.faults()
     assert plan_geometry(*shape, found)[0] == layer.geometry == geometry
     assert LayerConfig.of(found, geometry, bias=False) == layer

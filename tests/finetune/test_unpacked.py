@@ -172,3 +172,22 @@ def test_step_after_step_gradients_are_those_of_the_weights_as_they_are_by_then(
     assert unpacked.fault is None
     if device.type == "cuda":
         assert unpacked._give._graph is not None and unpacked._refresh._graph is not None
+
+
+def test_a_step_of_other_work_is_not_played_again(generator, monkeypatch):
+    """Where a learner has a gradient already, as from embeddings that share its codebook, what was recorded would lose it."""
+    module = learning(random_module("trellis 2", SHAPE, torch.float32, torch.device("cpu"), generator))
+    unpacked, played = Unpacked(module, torch.float32), []
+    give = unpacked._give
+    monkeypatch.setattr(unpacked, "_give", lambda: played.append(True) or give())
+    x = torch.randn(5, SHAPE[1], generator=generator)
+    with unpacked.learning():
+        module(x).square().sum().backward()
+    first = gradients(module)
+    assert played == [True]
+    name = next(name for name in first if "centroids" in name)
+    module.get_parameter(name).grad = torch.ones_like(first[name])
+    with unpacked.learning():
+        module(x).square().sum().backward()
+    assert played == [True]
+    torch.testing.assert_close(gradients(module)[name], first[name] + 1)

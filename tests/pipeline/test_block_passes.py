@@ -137,7 +137,7 @@ def test_steps_of_a_pass(wishes):
 def test_damping_follows_how_well_a_pass_did(wishes, monkeypatch):
     asked = []
     real = PredictionPass.__init__
-    monkeypatch.setattr(PredictionPass, "__init__", lambda self, *args: asked.append(args[3]) or real(self, *args))
+    monkeypatch.setattr(PredictionPass, "__init__", lambda self, *args: asked.append(args[-1]) or real(self, *args))
     found = lambda pair, changed, rest, told, before, parts: (dict(before), dict.fromkeys(parts, 1.0) | {0.25: 0.5})  # noqa: E731
     monkeypatch.setattr(tune_blocks, "best_part", found)
     finetune_model(wishes(mode="block", passes=("predictions", "predictions")))
@@ -191,25 +191,6 @@ def test_a_model_that_is_quantized_is_tuned_within_memory(tiny_llama, text_file,
     assert any("too little memory" in note for note in notes)
 
 
-def test_of_many_blocks_some_learn_in_one_go(wishes, monkeypatch):
-    monkeypatch.setattr(tune_blocks, "TOGETHER", 1)
-    settings = {"mode": "block", "passes": ("outputs", "predictions")}
-    notes = []
-    progress = Silent()
-    progress.note = notes.append
-    whole = finetune_model(wishes(**settings), progress=progress)
-    told = [note.split(":")[0] for note in notes if "KL from the original" in note]
-    assert told == ["1 outputs", "2 predictions 1 of 2", "2 predictions 2 of 2"]
-    curves = json.loads((whole.folder / "curves.json").read_text())["curves"]
-    assert list(curves) == ["1 outputs: 0", "1 outputs: 1", "2 predictions 1 of 2: 1", "2 predictions 2 of 2: 0"]
-    stop = Stop("2 predictions 2 of 2, block 0", 11)
-    with pytest.raises(KeyboardInterrupt):
-        finetune_model(wishes(**settings), progress=stop)
-    again = finetune_model(wishes(), resume=stop.folder)
-    assert again.held_out == whole.held_out
-    assert changed_names(whole.folder / "packed_model", again.folder / "packed_model") == set()
-
-
 class Counting(Silent):
     """Adds up what it is told."""
 
@@ -227,16 +208,13 @@ class Counting(Silent):
     [
         {"mode": "block"},
         {"mode": "e2e"},
-        {"mode": "e2e", "train": ("indices",), "rounds": 3, "round_steps": 2},
+        {"mode": "e2e", "train": ("indices",), "rounds": 3, "round_steps": 2, "steps": None, "eval_every": None},
         {"mode": "e2e", "train": ("indices", "norms"), "round_steps": 2, "add": None},
     ],
     ids=["block", "e2e", "indices", "indices and norms"],
 )
-@pytest.mark.parametrize("together", [1, 8])
-def test_progress_ends_at_its_end(settings, together, wishes, monkeypatch):
-    if together == 1 and settings["mode"] != "block":
-        pytest.skip("the same")
-    monkeypatch.setattr(tune_blocks, "TOGETHER", together)
+def test_progress_ends_at_its_end(settings, wishes):
     progress = Counting()
-    finetune_model(wishes("trellis", patience=100, **settings), progress=progress)
+    patience = 4 if settings.get("train") == ("indices",) else 100
+    finetune_model(wishes("trellis", **{"patience": patience} | settings), progress=progress)
     assert progress.done == pytest.approx(progress.total, rel=1e-6)

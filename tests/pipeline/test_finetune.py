@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tests.conftest import make_tiny_llama
 from tests.pipeline.test_run import config_of
 from vptq.bits import checkpoint_bits
-from vptq.checkpoint.reader import load_quantized, load_whole
+from vptq.checkpoint.reader import load_quantized, load_whole, read_layers
 from vptq.errors import RunError, UsageError
 from vptq.evaluation.divergence import compare, last_states
 from vptq.finetune.additions import with_additions
@@ -219,12 +219,27 @@ def test_additions_begin_as_nothing(originals, checkpoints, tmp_path):
 
     for kind in checkpoints:
         skeleton, source, layers = open_packed(checkpoints[kind])
-        everything = ("row_scales", "column_scales", "biases")
+        everything = ("row_scales", "column_scales", "biases", "codebooks")
         more, tensors = with_additions(source, layers, skeleton.dtype, everything, skeleton.blocks_name)
         write_changed(tmp_path / kind, source, [n for n, _ in skeleton.model.named_parameters()], more, tensors)
         found = [logits(load_quantized(folder, dtype=torch.float32)) for folder in (checkpoints[kind], tmp_path / kind)]
         torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
         assert with_additions(source, more, skeleton.dtype, everything, skeleton.blocks_name)[1] == {}, "once"
+
+
+@pytest.mark.parametrize("mode", ["block", "e2e"])
+def test_each_linear_can_learn_a_codebook_of_its_own(mode, wishes, checkpoints):
+    result = finetune_model(wishes("trellis", mode=mode, train=("codebooks",), add=("codebooks",), learning_rate=0.005))
+    packed = result.folder / "packed_model"
+    layers, old, new = read_layers(packed), tensors_of(checkpoints["trellis"]), tensors_of(packed)
+    assert not any(layer.codebook_of for layer in layers.values())
+    books = [new[f"{name}.centroids.weight"] for name in layers]
+    assert len({tuple(book.flatten().tolist()) for book in books}) == len(layers)
+    assert all(new[key].equal(tensor) for key, tensor in old.items() if key.endswith(INDICES))
+    assert result.held_out[1] < result.held_out[0]
+    bits = [checkpoint_bits(folder).stored_bits_per_weight for folder in (checkpoints["trellis"], packed)]
+    assert bits[1] > bits[0]
+    reload_alike(packed)
 
 
 def test_a_checkpoint_with_added_biases_is_not_dequantized(wishes):
@@ -376,7 +391,7 @@ def test_without_a_number_a_short_text_gives_all_it_has(wishes, tmp_path):
         ({"mode": "lora", "add": ("biases",)}, "add goes with"),
         ({"add": ("biases",), "train": ("codebooks",)}, "add biases goes with train offsets"),
         ({"mode": "block", "add": ("column_scales",), "train": ("scales",)}, "column_scales goes with train scales offsets"),
-        ({"add": ("scales",)}, "add names 'scales', must be of row_scales, column_scales, biases"),
+        ({"add": ("scales",)}, "add names 'scales', must be of row_scales, column_scales, biases, codebooks"),
         ({"add": ("biases",), "save_model": True}, "no place for added biases"),
         ({"mode": "block", "ce_weight": 0.5}, "ce_weight goes with mode e2e"),
         ({"mode": "e2e", "lora_rank": 3}, "lora_rank goes with mode lora"),

@@ -6,16 +6,26 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
+from tests.pipeline.conftest import ROTATED
 from tests.pipeline.test_finetune import changed_names, reload_alike, tensors_of
+from tests.pipeline.test_run import config_of
 from vptq.bits import checkpoint_bits
-from vptq.checkpoint.reader import read_layers
+from vptq.checkpoint.reader import load_whole, read_layers
 from vptq.errors import UsageError
+from vptq.finetune import incremental
+from vptq.finetune.distill import Distillation
 from vptq.finetune.incremental import Incremental
 from vptq.finetune_config import FinetuneConfig
 from vptq.pipeline import tune_indices
 from vptq.pipeline.finetune import finetune_model
+from vptq.pipeline.progress import Silent
+from vptq.pipeline.run import quantize_model
+from vptq.pipeline.teacher import Teacher
 from vptq.pipeline.tune_indices import IndexTuning
+from vptq.pipeline.tune_job import TuneJob
+from vptq.pipeline.tune_text import tuning_tokens
 
 
 @pytest.fixture
@@ -25,7 +35,8 @@ def any_gain(monkeypatch):
 
 
 def indices_only(wishes, kind="plain", **changes):
-    return wishes(kind, mode="e2e", train=("indices",), rounds=3, round_steps=2, **changes)
+    settings = {"mode": "e2e", "train": ("indices",), "rounds": 3, "round_steps": 2, "steps": None, "eval_every": None}
+    return wishes(kind, **settings | changes)
 
 
 @pytest.mark.parametrize("kind", ["plain", "trellis", "folded"])
@@ -40,11 +51,99 @@ def test_quantized_anew_to_the_same_form(kind, wishes, checkpoints, any_gain):
     assert math.isfinite(result.held_out[1])
 
 
-def test_what_is_packed_is_what_was_held_out(wishes, any_gain):
+@pytest.fixture
+def changed_before(originals, wishes, text_file, tmp_path):
+    """Makes checkpoints that differ from what `vptq quantize` writes, or hold more than blocks packed."""
+
+    def make(which):
+        if which == "packed head":
+            config = config_of(originals["folded"], text_file, tmp_path / "q", **ROTATED)
+            return quantize_model(replace(config, head_bits=4)).folder / "packed_model"
+        if which == "packed embeddings that are the head":
+            config = config_of(originals["plain"], text_file, tmp_path / "q")
+            return quantize_model(replace(config, embed_bits=4)).folder / "packed_model"
+        kind, settings = {
+            "head that learned": ("folded", {"train": ("head", "norms")}),
+            "scales of rows": ("plain", {"train": ("scales",), "add": ("row_scales",)}),
+            "codebooks of their own": ("trellis", {"train": ("codebooks",), "add": ("codebooks",)}),
+        }[which]
+        return finetune_model(wishes(kind, mode="e2e", learning_rate=0.01, **settings)).folder / "packed_model"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "kind, which",
+    [
+        ("plain", ""),
+        ("trellis", ""),
+        ("folded", ""),
+        ("folded", "packed head"),
+        ("plain", "packed embeddings that are the head"),
+        ("folded", "head that learned"),
+        ("plain", "scales of rows"),
+        ("trellis", "codebooks of their own"),
+    ],
+)
+def test_what_is_packed_is_what_was_held_out(kind, which, wishes, checkpoints, changed_before, any_gain):
     """The loss of the float model whose linears were quantized is that of the packed one."""
-    first = finetune_model(indices_only(wishes, "folded"))
-    again = finetune_model(wishes("folded", mode="e2e", model_name=str(first.folder / "packed_model"), steps=1))
-    assert again.held_out[0] == pytest.approx(first.held_out[1], rel=2e-3)
+    given = changed_before(which) if which else checkpoints[kind]
+    packed = finetune_model(indices_only(wishes, kind, model_name=str(given)))
+    again = finetune_model(wishes(kind, mode="e2e", model_name=str(packed.folder / "packed_model"), steps=1, eval_every=1))
+    assert again.held_out[0] == pytest.approx(packed.held_out[1], rel=2e-4)
+    reload_alike(packed.folder / "packed_model")
+
+
+def test_what_is_float_makes_up_for_what_is_quantized(wishes, any_gain):
+    """Without training in between the loss is higher."""
+    losses = [
+        finetune_model(indices_only(wishes, "trellis", rounds=6, round_steps=8, round_rate=rate)).held_out[1]
+        for rate in (1e-9, 2e-3)
+    ]
+    assert losses[1] < 0.97 * losses[0]
+
+
+def test_hessians_are_the_losss_and_steps_go_on_through_the_text(wishes, originals, any_gain, monkeypatch):
+    seen, steps = {}, []
+    real, train = incremental.quantize_linears, Distillation.train
+    monkeypatch.setattr(
+        incremental,
+        "quantize_linears",
+        lambda inputs, *args, **named: seen.update({own.name: own.hessian for own in inputs}) or real(inputs, *args, **named),
+    )
+    monkeypatch.setattr(Distillation, "train", lambda self, step: steps.append(step) or train(self, step))
+    result = finetune_model(indices_only(wishes, "plain"))
+    assert steps == list(range(6))
+    config = TuneJob.at(result.folder).config
+    name = "model.layers.0.self_attn.q_proj"
+    texts = tuning_tokens(config, originals["plain"], torch.device("cpu"), lambda *_: None)[:8]
+    model = load_whole(str(originals["plain"]), "cpu").float()
+    linear, rows = model.get_submodule(name), {}
+    linear.weight.requires_grad_()
+
+    def watch(_module, inputs, output):
+        rows["x"] = inputs[0].detach()
+        output.register_hook(lambda gradient: rows.update(g=gradient))
+
+    linear.register_forward_hook(watch)
+    logits = model(input_ids=texts).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten(), reduction="sum").backward()
+    weights, x = rows["g"].square().mean(-1).flatten(), rows["x"].flatten(0, 1)
+    torch.testing.assert_close(seen[name], (x * weights[:, None]).T @ x / len(x), rtol=1e-3, atol=1e-6)
+
+
+def test_the_original_is_not_held_longer_than_it_trains(wishes, monkeypatch):
+    made, held = [], []
+    real = Teacher.__init__
+    monkeypatch.setattr(Teacher, "__init__", lambda self, *args: made.append(self) or real(self, *args))
+
+    class Watch(Silent):
+        def phase(self, text):
+            if text in ("training", "perplexity, after"):
+                held.append(made[0]._logits is not None)
+
+    finetune_model(wishes(mode="e2e", teacher="live"), progress=Watch())
+    assert held[0] and not held[-1]
 
 
 def test_old_indices_stay_where_new_ones_are_no_gain(wishes, checkpoints, monkeypatch):
@@ -63,8 +162,10 @@ def test_all_else_trains_after(wishes, checkpoints, any_gain):
 
 
 def test_what_was_added_before_is_neutral_after(wishes, any_gain):
-    added = ("row_scales", "column_scales", "biases")
-    first = finetune_model(wishes("trellis", mode="e2e", add=added, learning_rate=0.05))
+    added = ("row_scales", "column_scales", "biases", "codebooks")
+    first = finetune_model(wishes("trellis", mode="e2e", add=added, learning_rate=0.005))
+    learned = {key: own for key, own in tensors_of(first.folder / "packed_model").items() if key.endswith("proj.bias")}
+    assert all(own.any() for own in learned.values())
     second = finetune_model(indices_only(wishes, "trellis", model_name=str(first.folder / "packed_model")))
     packed = second.folder / "packed_model"
     assert read_layers(packed) == read_layers(first.folder / "packed_model")
@@ -101,18 +202,6 @@ def test_a_stopped_run_goes_on(wishes, any_gain, monkeypatch):
     assert again.held_out == whole.held_out
 
 
-def test_head_that_is_packed_stays_as_it_is(originals, text_file, tmp_path, wishes, any_gain):
-    from tests.pipeline.conftest import ROTATED
-    from tests.pipeline.test_run import config_of
-    from vptq.pipeline.run import quantize_model
-
-    config = config_of(originals["folded"], text_file, tmp_path / "q", **ROTATED)
-    packed = quantize_model(replace(config, head_bits=4)).folder / "packed_model"
-    result = finetune_model(indices_only(wishes, "folded", model_name=str(packed)))
-    assert not any("lm_head" in name for name in changed_names(packed, result.folder / "packed_model"))
-    reload_alike(result.folder / "packed_model")
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -120,6 +209,7 @@ def test_head_that_is_packed_stays_as_it_is(originals, text_file, tmp_path, wish
         ({"mode": "e2e", "rounds": 4}, "rounds goes with train indices"),
         ({"mode": "e2e", "train": ("indices",), "round_steps": 0}, "round_steps is 0"),
         ({"mode": "e2e", "train": ("indices",), "round_rate": 2.0}, "round_rate is 2.0"),
+        ({"mode": "e2e", "train": ("indices",), "steps": 5}, "steps is for what trains after indices"),
     ],
 )
 def test_faults_are_told(changes, said):

@@ -40,13 +40,16 @@ class LossHessians:
     def collect(self) -> dict[str, Tensor]:
         """Mean over tokens of s x xᵀ by name: (row_groups, in_features, in_features) float32; identities where none came.
 
+        Empties the watcher.
+
         Raises:
             NumericalError: activations or gradients that are not finite; names the linears.
         """
         found: dict[str, Tensor] = {}
-        for name, sums in self._sums.items():
+        for name in list(self._sums):
+            sums = self._sums.pop(name)  # its float64 sums are as large as all that is made of them
             count, total = sums.num_tokens, sums.take().total
-            found[name] = total / count if count else torch.eye(total.shape[-1], device=total.device).expand_as(total)
+            found[name] = total.div_(count) if count else torch.eye(total.shape[-1], device=total.device).expand_as(total)
         bad = [name for name, own in found.items() if not bool(torch.isfinite(own.diagonal(dim1=-2, dim2=-1)).all())]
         if bad:
             raise NumericalError("activations or gradients are not finite at these linears", where=bad, hint="use other text")

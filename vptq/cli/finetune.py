@@ -27,7 +27,7 @@ EXAMPLES = """\
 
 def run(argv: Sequence[str]) -> int:
     """Fine-tune as the words ask; returns the exit code."""
-    text = "Fine-tune a packed checkpoint towards its original: indices stay, the result is a packed checkpoint again."
+    text = "Fine-tune a packed checkpoint towards its original; the result is a packed checkpoint of the same form."
     parser = make_parser("finetune", text, EXAMPLES)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the names below; a flag wins over it")
     parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a run that was stopped")

@@ -1,4 +1,4 @@
-"""Give packed linears tensors that change nothing yet, so that more of them can learn: scales of rows and columns, biases."""
+"""Give packed linears tensors that change nothing yet, so that more of them can learn: scales, biases, codebooks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def with_additions(
     Args:
         source: the packed checkpoint. layers: its quantized linears. kinds: what each gets that has none yet: row_scales,
             (out_features,); column_scales, (in_features,) ones, and offsets, (in_features,) noughts, which the format has
-            beside them; biases, (out_features,) noughts. part: of the model that they are in, by its name: the blocks.
+            beside them; biases, (out_features,) noughts; codebooks, copies of those that it shares. part: of the model that
+            they are in, by its name: the blocks.
     """
     found, tensors = dict(layers), {}
     for name, layer in layers.items():
@@ -40,5 +41,8 @@ def with_additions(
         if "biases" in kinds and not layer.bias:
             tensors[f"{name}.bias"] = torch.zeros(rows, dtype=dtype)
             layer = replace(layer, bias=True, added_bias=True)
+        if "codebooks" in kinds and layer.codebook_of:
+            tensors |= {f"{name}.{key}": source.get(f"{layer.codebook_of}.{key}").clone() for key in layer.codebook_shapes()}
+            layer = replace(layer, codebook_of="")
         found[name] = layer
     return found, tensors

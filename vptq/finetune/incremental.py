@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from vptq.calibration.whole import LossHessians
 from vptq.checkpoint.names import to_tensors
+from vptq.config import LinearConfig
 from vptq.finetune.distill import Distillation
 from vptq.finetune.fit import Fit, Schedule
 from vptq.finetune.trainable import Trainable, float_trainables
 from vptq.layer_config import LayerConfig
-from vptq.quantize.linear import LinearInput, quantize_linears
-from vptq.quantize.result import Codebook, QuantizedWeight, spread_rows
+from vptq.nn.reference import dequantize_packed
+from vptq.quantize.linear import LinearInput, most_together, quantize_linears
+from vptq.quantize.result import Codebook, QuantizedWeight
 
 HESSIAN_TOKENS = 1 << 17  # that Hessians are summed over
 
@@ -42,22 +44,25 @@ def parts_of(linears: Sequence[tuple[str, int]], count: int) -> list[tuple[str, 
 
 
 @dataclass(frozen=True)
-class Forms:
-    """What linears are quantized to.
+class Form:
+    """What a linear is quantized to.
 
     Attributes:
-        layers: stored form of each linear, by full name. codebooks: of those that share one, by the linear that stores it.
-        dtype: float type of the checkpoint.
+        layer: how it is stored. config: settings that give that. shared: name of the linear whose codebook it is quantized
+            with; empty where it finds its own.
     """
 
-    layers: Mapping[str, LayerConfig]
-    codebooks: Mapping[str, tuple[Codebook, ...]]
-    dtype: torch.dtype
+    layer: LayerConfig
+    config: LinearConfig
+    shared: str
 
-    def shared(self, name: str) -> tuple[Codebook, ...] | None:
-        """The codebooks that a linear shares; None for one that finds its own."""
-        layer = self.layers[name]
-        return self.codebooks[layer.codebook_of or name] if layer.num_scales else None
+
+@dataclass(frozen=True)
+class Codebooks:
+    """Codebooks that are given: main and perhaps residual, as they are used, and as they are stored."""
+
+    books: tuple[Codebook, ...]
+    stored: Mapping[str, Tensor]
 
 
 class Incremental:
@@ -65,28 +70,31 @@ class Incremental:
 
     Args:
         model: float32, as it trains. parts: names of its linears, in the order in which they are quantized.
+        forms: of each linear. codebooks: given ones, by the linear that stores them. dtype: float type of the checkpoint.
         distillation: gives the loss of the model. schedule: of the training after each part.
         batches: of tokens, (sequences, seq_len) int64 each, that Hessians are summed over.
     Attributes:
         tensors: of the quantized linears, as they are stored, by full name. history: of the training, steps counted on.
         done: parts that are quantized and trained after. loss, quantized_loss: what is held out has after the last part, and
-            had before the training that followed it.
+            had before the training that followed it. stopped: why that ended early; empty if it did not.
     """
 
     def __init__(
         self,
         model: Any,
         parts: Sequence[tuple[str, ...]],
-        forms: Forms,
+        forms: Mapping[str, Form],
+        codebooks: Mapping[str, Codebooks],
+        dtype: torch.dtype,
         distillation: Distillation,
         schedule: Schedule,
         batches: Sequence[Tensor],
     ) -> None:
-        self.model, self.parts, self.forms = model, parts, forms
+        self.model, self.parts, self.forms, self.codebooks, self.dtype = model, parts, forms, codebooks, dtype
         self.distillation, self.schedule, self.batches = distillation, schedule, batches
         self.tensors: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
-        self.done = 0
+        self.done, self.stopped = 0, ""
         self.loss = self.quantized_loss = float("nan")
         self._seconds = 0.0
 
@@ -101,47 +109,57 @@ class Incremental:
             after(self)
 
     def items(self) -> list[Trainable]:
-        """What trains: weights of linears that are still float, norms, biases."""
-        left = {name for part in self.parts[self.done + 1 :] for name in part}
+        """What learns: weights of linears that are float yet, norms, biases."""
+        left = {name for part in self.parts for name in part} - {key.rpartition(".")[0] for key in self.tensors}
         names = {name for part in self.parts for name in part}
-        return float_trainables(self.model, left, names, self.forms.dtype)
+        return float_trainables(self.model, left, names, self.dtype)
 
     def _quantize(self, part: tuple[str, ...]) -> None:
         linears = {name: self.model.get_submodule(name) for name in part}
         hessians = self._hessians(linears)
-        for names in self._alike(part):
-            layer, shared = self.forms.layers[names[0]], self.forms.shared(names[0])
+        for names in self._batches_of(part):
+            form = self.forms[names[0]]
+            shared = self.codebooks[form.shared].books if form.shared else None
             inputs = [LinearInput(name, linears[name].weight.detach(), _squeezed(hessians.pop(name))) for name in names]
-            found = quantize_linears(inputs, layer.linear_config(), storage_dtype=self.forms.dtype, shared=shared)
+            found = quantize_linears(inputs, form.config, storage_dtype=self.dtype, shared=shared)
             for name, (quantized, _) in zip(names, found, strict=True):
-                self._put(name, linears[name], quantized)
+                stored = self._stored(self.forms[name].layer, quantized)
+                self.tensors |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
+                self._put(name, stored)
 
-    def _put(self, name: str, linear: nn.Linear, quantized: QuantizedWeight) -> None:
-        """A quantized weight into the model and among what is stored."""
-        linear.weight.data.copy_(quantized.dequantize())
-        layer = self.forms.layers[name]
-        stored = to_tensors(quantized, layer, self.forms.dtype)
-        if layer.num_scales:  # it may have been given more of them
-            stored["row_scale"] = spread_rows(stored["row_scale"], layer.num_scales)[:, 0].contiguous()
+    def _stored(self, layer: LayerConfig, quantized: QuantizedWeight) -> dict[str, Tensor]:
+        """The tensors of a checkpoint; what fine-tuning had added changes nothing."""
+        stored = to_tensors(quantized, layer, self.dtype)
+        if layer.num_scales and "row_scale" not in stored:
+            stored["row_scale"] = torch.ones(layer.num_scales, dtype=self.dtype)
         if layer.added_bias:
-            stored["bias"] = torch.zeros(layer.out_features, dtype=self.forms.dtype)
-        self.tensors |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
+            stored["bias"] = torch.zeros(layer.out_features, dtype=self.dtype)
+        return stored
 
-    def _alike(self, part: tuple[str, ...]) -> list[list[str]]:
+    @torch.no_grad()
+    def _put(self, name: str, stored: Mapping[str, Tensor]) -> None:
+        """A weight into the model, as it is read from its stored tensors."""
+        form, weight = self.forms[name], self.model.get_submodule(name).weight
+        given = self.codebooks[form.shared].stored if form.shared else {}
+        tensors = {key: tensor.to(weight.device) for key, tensor in {**given, **stored}.items()}
+        weight.copy_(dequantize_packed(tensors, form.layer, torch.float32))
+
+    def _batches_of(self, part: tuple[str, ...]) -> Iterator[list[str]]:
         """Linears that are quantized together."""
         alike: dict[Any, list[str]] = {}
         for name in part:
-            layer = self.forms.layers[name]
-            shape = layer.out_features, layer.in_features
-            alike.setdefault((shape, layer.linear_config(), layer.codebook_of or name), []).append(name)
-        return list(alike.values())
+            form = self.forms[name]
+            alike.setdefault((form.layer.geometry, form.config, form.shared), []).append(name)
+        for (geometry, config, _), names in alike.items():
+            most = most_together(geometry, config)
+            yield from (names[start : start + most] for start in range(0, len(names), most))
 
     def _hessians(self, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
         own = {f"{name}.weight" for name in linears}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in own)
             parameter.grad = None
-        watcher = LossHessians(linears, {name: self.forms.layers[name].row_groups for name in linears})
+        watcher = LossHessians(linears, {name: self.forms[name].layer.row_groups for name in linears})
         with watcher.watching(), _without_weight_gradients(linears):
             for tokens in self.batches:
                 self.distillation.text_loss(tokens).backward()
@@ -153,8 +171,10 @@ class Incremental:
             parameter.requires_grad_(False)
         first = self.done * self.schedule.steps
         fit = Fit(self.items(), self.schedule, lambda step: self.distillation.train(first + step), self.distillation.held_out)
-        fit.run(lambda _fit: told("training what is float"))
-        self.loss, self.quantized_loss = fit.best, fit.first
+        fit.run(lambda _: told("training what is float"))
+        for _ in range(self.schedule.steps - fit.step):
+            told("training what is float")
+        self.loss, self.quantized_loss, self.stopped = fit.best, fit.first, fit.stopped
         self._seconds += seconds
         for entry in fit.history:
             self.history.append(entry | {"step": entry["step"] + first, "seconds": self._seconds + entry.get("seconds", 0.0)})
@@ -163,8 +183,8 @@ class Incremental:
     # -- to go on later -------------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that is needed to go on: tensors, and what JSON takes."""
-        values = {f"float.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
+        """All that is needed to go on: what learns yet, what is stored, and what JSON takes."""
+        values = {f"float.{item.name}": item.parameter.detach() for item in self.items()}
         stored = {f"stored.{name}": tensor for name, tensor in self.tensors.items()}
         names = ("done", "history", "loss", "quantized_loss", "_seconds")
         return values | stored, {name: getattr(self, name) for name in names}
@@ -174,9 +194,13 @@ class Incremental:
         """Go on from a `state`."""
         for name, value in numbers.items():
             setattr(self, name, value)
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(tensors[f"float.{name}"])
+        for name, tensor in tensors.items():
+            if name.startswith("float."):
+                self.model.get_parameter(name.removeprefix("float.")).copy_(tensor)
         self.tensors = {key.removeprefix("stored."): own for key, own in tensors.items() if key.startswith("stored.")}
+        for linear in (name for part in self.parts[: self.done] for name in part):
+            own = {key.removeprefix(f"{linear}."): t for key, t in self.tensors.items() if key.startswith(f"{linear}.")}
+            self._put(linear, own)
 
 
 def _squeezed(hessian: Tensor) -> Tensor:
@@ -185,7 +209,7 @@ def _squeezed(hessian: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _without_weight_gradients(linears: Mapping[str, nn.Linear]):  # type: ignore[no-untyped-def]
+def _without_weight_gradients(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
     """Drop gradients of weights as they come: only those of outputs are of use."""
 
     def drop(weight: Tensor) -> None:

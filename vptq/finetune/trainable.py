@@ -1,8 +1,8 @@
 """Which tensors of a packed model train, in which units, and how they come to rest in the type they are stored in.
 
-Indices stay. A tensor's learning rate is the common one times the size of its numbers, as in Adafactor (arXiv:1804.04235):
-scales of 0.05 and centroids of 1 then change by the same part of themselves. Sizes are rounded to powers of two, so that a
-few groups of the optimizer do for thousands of tensors.
+Indices stay (`finetune.incremental` is where they don't). A tensor's learning rate is the common one times the size of its
+numbers, as in Adafactor (arXiv:1804.04235): scales of 0.05 and centroids of 1 then change by the same part of themselves. Sizes
+are rounded to powers of two, so that a few groups of the optimizer do for thousands of tensors.
 """
 
 from __future__ import annotations
@@ -117,10 +117,9 @@ def float_trainables(
             norm = _kind_of(module, name) == "norms"
             if norm or (name == "weight" and path in linears) or (name == "bias" and path in places):
                 kind: TrainableKind = "norms" if norm else "indices" if name == "weight" else "offsets"
-                unit = max(2.0 ** round(math.log2(max(_rms(parameter), 1e-30))), SMALLEST_UNIT)
                 parameter.requires_grad_()
-                full = f"{path}.{name}"
-                found.append(Trainable(full, parameter, kind, torch.float32 if kind == "indices" else stored, unit))
+                own = torch.float32 if kind == "indices" else stored
+                found.append(Trainable(f"{path}.{name}", parameter, kind, own, _unit_of(module, name, parameter)))
     return found
 
 
@@ -135,14 +134,15 @@ def rate_groups(items: list[Trainable], learning_rate: float) -> list[dict[str, 
 @contextlib.contextmanager
 def at_rest(items: list[Trainable]) -> Iterator[None]:
     """Let the tensors be what a checkpoint would hold of them, and put them back after."""
-    kept = [item.parameter.detach().clone() for item in items]
+    rounded = [item for item in items if item.stored != item.parameter.dtype]
+    kept = {item.name: item.parameter.detach().clone() for item in rounded}
     with torch.no_grad():
-        for item in items:
+        for item in rounded:
             item.parameter.copy_(item.rounded())
     try:
         yield
     finally:
-        load_values(items, {item.name: values for item, values in zip(items, kept, strict=True)})
+        load_values(rounded, kept)
 
 
 @torch.no_grad()
@@ -179,6 +179,8 @@ def _unit_of(module: nn.Module, name: str, parameter: Tensor) -> float:
     elif isinstance(module, VQuantLinear) and name == "bias":
         weight = math.prod(_rms(own) for key, own in module.named_parameters() if key in WEIGHT_SIZES)
         size = max(size, weight * math.sqrt(module.in_features) / BIAS_PART)
+    elif isinstance(module, nn.Linear) and name == "bias":
+        size = max(size, _rms(module.weight) * math.sqrt(module.in_features) / BIAS_PART)
     return max(2.0 ** round(math.log2(max(size, 1e-30))), SMALLEST_UNIT)
 
 

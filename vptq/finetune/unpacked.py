@@ -33,11 +33,12 @@ class Unpacked:
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._stands = [_StandIn(linear, dtype) for linear in unpackable(model)]
         self._learning = [stand for stand in self._stands if stand.learns]
-        learners = {id(own): own for stand in self._learning for own in stand.linear.learners()}
-        on_gpu = any(own.is_cuda for own in learners.values())
+        found = {id(own): own for stand in self._learning for own in stand.linear.learners()}
+        self._learners = list(found.values())
+        on_gpu = any(own.is_cuda for own in self._learners)
         make, give = functools.partial(_make_anew, self._learning), functools.partial(_hand_on, self._learning)
         self._refresh: Callable[[], None] = Recorded(make) if on_gpu else make
-        self._give: Callable[[], None] = Recorded(give, learners.values()) if on_gpu else give
+        self._give: Callable[[], None] = Recorded(give, self._learners) if on_gpu else give
 
     @property
     def fault(self) -> str | None:
@@ -52,6 +53,11 @@ class Unpacked:
         """The same, and at the end gradients of all batches' losses go on to the packed tensors that learn."""
         return self._standing(learn=True)
 
+    def _is_usual(self) -> bool:
+        """Whether a step's gradients come from all linears, and from them alone: else there is other work than was recorded."""
+        everywhere = all(stand.has_gradient for stand in self._learning)
+        return everywhere and all(learner.grad is None for learner in self._learners)
+
     @contextlib.contextmanager
     def _standing(self, learn: bool) -> Iterator[None]:
         try:
@@ -62,8 +68,7 @@ class Unpacked:
                 stand.enter(learn)
             yield
             if learn:
-                everywhere = all(stand.has_gradient for stand in self._learning)  # else other work than was recorded
-                if everywhere:
+                if self._is_usual():
                     self._give()
                 else:
                     _hand_on(self._learning)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,24 +60,15 @@ class BlockPass:
 
     Args:
         name: of the pass; its blocks are kept in the run folder under it. start: values that earlier passes found, by full
-            name. damping: by how much more an output's change is taken to cost than it does alone (`LocalModel`). learners:
-            numbers of the blocks that learn; None for all.
+            name. damping: by how much more an output's change is taken to cost than it does alone (`LocalModel`).
     """
 
     once = 0.0  # passes of all tokens through each block that go with it, beside the training
     share = 1.0  # of the steps that are asked for
     parts: tuple[float, ...] = (0.0, 0.5, 1.0)  # of the way to what was learned, of which the best is kept
 
-    def __init__(
-        self,
-        settings: PassSettings,
-        name: str,
-        start: Mapping[str, Tensor],
-        damping: float,
-        learners: Collection[int] | None = None,
-    ) -> None:
+    def __init__(self, settings: PassSettings, name: str, start: Mapping[str, Tensor], damping: float) -> None:
         self.settings, self.name, self.start, self.damping = settings, name, start, damping
-        self.learners = range(settings.num_blocks) if learners is None else learners
         self.schedule = self.schedule_of(settings)
 
     def run(self) -> tuple[dict[str, Tensor], dict[str, History]]:
@@ -92,10 +83,10 @@ class BlockPass:
         return replace(whole, **{name: max(min(count, 1), round(cls.share * count)) for name, count in counts.items()})
 
     @classmethod
-    def units(cls, settings: PassSettings, learners: Collection[int]) -> float:
+    def units(cls, settings: PassSettings) -> float:
         """What `told` is told in all."""
         training = training_units(settings, cls.schedule_of(settings))
-        return settings.num_blocks * cls.once * settings.num_tokens + len(learners) * training
+        return settings.num_blocks * (cls.once * settings.num_tokens + training)
 
     def load(self, block: int) -> tuple[nn.Module, list[Trainable], Unpacked | None]:
         """A block as it is by now, and what learns in it."""

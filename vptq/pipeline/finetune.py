@@ -7,6 +7,7 @@ block or the state of the training, the checkpoint; a stopped run goes on from t
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -41,7 +42,7 @@ from vptq.pipeline.teacher import Teacher
 from vptq.pipeline.team import Alone, Launched, Team, is_launched
 from vptq.pipeline.tune_adapters import AdapterTuning, check_adapters
 from vptq.pipeline.tune_blocks import BlockTuning
-from vptq.pipeline.tune_indices import IndexTuning, NewIndices
+from vptq.pipeline.tune_indices import IndexTuning, NewIndices, check_forms
 from vptq.pipeline.tune_job import TEXT, TuneJob
 from vptq.pipeline.tune_models import Pair
 from vptq.pipeline.tune_result import TuneResult, finished_result
@@ -127,11 +128,10 @@ class _Run:
         resolve_seq_len(config.seq_len, pair.original.max_seq_len)
         self.config = config.resolved(pair.num_parameters, pair.original.max_seq_len)
         datasets_of(self.config)
-        kinds = self.config.kept_kinds
-        if (
-            self.config.mode != "lora" and not self.config.add and (kinds or not self.config.new_indices)
-        ):  # what is added learns
-            pair.check_kinds(self.config.mode, kinds)
+        if self.config.mode != "lora" and not self.config.add and not self.config.only_indices:  # what is added learns
+            pair.check_kinds(self.config.mode, self.config.kept_kinds)
+        if self.config.new_indices:
+            check_forms(pair)
         if self.config.save_model and any(layer.added_bias for layer in pair.layers.values()):
             raise UsageError("a dequantized model has no place for added biases", hint="leave out --save_model")
         if self.config.mode == "lora":
@@ -150,12 +150,10 @@ class _Run:
             job.lock()
         self.job, self.tokens = job, job.tokens()
         self.pair = pair
-        self.teacher = None
-        if self.config.mode == "e2e" and self.config.kl_weight > 0:
-            self.teacher = Teacher(pair, self.config, self.tokens, job, team)
-        self.indices = None
-        if self.config.new_indices:
-            self.indices = IndexTuning(pair, self.config, self.tokens, job, self._told, self._note, self.teacher)
+        distils = self.config.mode == "e2e" and self.config.kl_weight > 0
+        self.teacher = Teacher(pair, self.config, self.tokens, job, team) if distils else None
+        common = pair, self.config, self.tokens, job, self._told, self._note, self.teacher
+        self.indices = IndexTuning(*common) if self.config.new_indices else None
 
     def _windows(self, pair: Pair) -> dict[str, Tensor]:
         names = _eval_datasets(self.config)
@@ -194,7 +192,7 @@ class _Run:
         found = self.indices.run() if self.indices else None
         start = self._start(found.folder if found else self.given)
         pair = Pair.open(self.original, start, self.device, self.config.bf16, self.config.trust_remote_code)
-        tuning = self._tuning(pair)
+        tuning = None if self.config.only_indices else self._tuning(pair)
         if isinstance(tuning, AdapterTuning):
             histories = tuning.run()
             self._write_model(pair, start, tuning.merged)
@@ -211,28 +209,26 @@ class _Run:
     def _units(self) -> float:
         """Of all that trains."""
         before = sum(part.units() for part in (self.teacher, self.indices) if part)
-        return before + (self._tuning(self.pair).units() if self._trains else 0.0)
-
-    @property
-    def _trains(self) -> bool:
-        """Whether more than indices changes."""
-        return self.config.mode == "lora" or bool(self.config.kept_kinds)
+        return before + (0.0 if self.config.only_indices else self._tuning(self.pair).units())
 
     def _train(
-        self, tuning: BlockTuning | WholeTuning, pair: Pair, packed: Path, found: NewIndices | None
+        self, tuning: BlockTuning | WholeTuning | None, pair: Pair, packed: Path, found: NewIndices | None
     ) -> tuple[dict[str, list[dict[str, Any]]], tuple[float, float]]:
         """Train and write the checkpoint, unless a stopped run has; the histories, and the held-out loss before and after.
 
-        found: the new indices, if there are any.
+        tuning: None where nothing trains but indices. found: these, if they are new.
         """
         kept = self.job.load_tensors(TRAINED) if is_whole(packed) else None
         if kept is not None:
+            self._told("training", sum(part.units() for part in (self.teacher, tuning) if part))
             return kept[1]["histories"], tuple(kept[1]["held_out"])
-        changed, histories = tuning.run() if self._trains else ({}, {})
-        before, after = tuning.held_out
+        changed, histories = tuning.run() if tuning else ({}, {})
+        if self.teacher:
+            self.teacher.forget()
+        before, after = tuning.held_out if tuning else (math.nan, math.nan)
         if found is not None:
             histories = {"indices": found.history} | histories
-            before, after = found.held_out[0], after if self._trains else found.held_out[1]
+            before, after = found.held_out[0], after if tuning else found.held_out[1]
         if self.team.rank == 0:
             self.job.save_tensors(TRAINED, {}, {"histories": histories, "held_out": (before, after)})
             self.progress.phase("writing packed_model")
@@ -254,7 +250,7 @@ class _Run:
         )
         if self.indices:
             self._note(self.indices.description)
-        if self._trains:
+        if not self.config.only_indices:
             rate = f"learning rate {self.config.learning_rate:g}"
             self._note(f"{self.config.steps} steps of {self.config.batch_size} sequences, {rate}")
 
@@ -391,7 +387,7 @@ def _told_of_memory(known: list[FinetuneConfig]) -> Iterator[None]:
         if config.mode != "block" and not config.gradient_checkpointing:
             ways.append("--gradient_checkpointing True")
         if config.new_indices:
-            ways.append("--train without indices, which needs all weights as floats")
+            ways.append("in a new run --train without indices, which takes all weights as floats")
         if config.mode != "lora" and config.unpack is not False:
             ways.append("--unpack False")
         ways.append("a smaller --seq_len in a new run")

@@ -2,8 +2,7 @@
 
 Forward through all blocks as they are, keeping what goes into each; then backward, as calibration's gradients go: at each
 block its outputs' slopes are known, and it trains on `LocalModel` with what it was given. Only one block's weights are in
-memory at a time. All blocks see the model as it was before the pass, and each makes up for the same faults: of many blocks only
-some learn in one pass.
+memory at a time. All blocks see the model as it was before the pass.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ class PredictionPass(BlockPass):
                 self.advance(block, tokens)
                 self.advance(block, tokens)
                 self.advance(block, tokens)
-            if items and block in self.learners:
+            if items:
                 firsts = [pair[0] for pair in slopes]
                 make = functools.partial(LocalModel, batches, outputs, firsts, self.damping * metric, start)
                 values, histories[str(block)] = self.train(block, items, make)

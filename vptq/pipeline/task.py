@@ -18,10 +18,7 @@ from vptq.pipeline.codebooks import load_codebooks
 from vptq.pipeline.hessians import Moments
 from vptq.pipeline.job import Job
 from vptq.pipeline.plan import LinearPlan
-from vptq.quantize.linear import LinearInput, quantize_linears
-
-BATCH_VECTORS = 1 << 20  # about what fills a large GPU
-BATCH_METRIC = 1 << 27  # numbers of all factors of a batch: half a gigabyte
+from vptq.quantize.linear import LinearInput, most_together, quantize_linears
 
 
 @dataclass(frozen=True)
@@ -48,12 +45,9 @@ def make_batches(tasks: list[LinearTask], device: torch.device) -> list[list[Lin
         return [[task] for task in tasks]
     batches: dict[Any, list[list[LinearTask]]] = {}
     for task in tasks:
-        info, vectors = task.plan.info, task.plan.layer.geometry.num_vectors
+        info, geometry = task.plan.info, task.plan.layer.geometry
         alike = batches.setdefault((info.out_features, info.in_features, task.plan.config, task.dtype), [[]])
-        count = len(alike[-1]) + 1
-        metrics = info.in_features**2 * count * task.plan.layer.row_groups
-        full = not task.plan.config.has_trellis and vectors * count > BATCH_VECTORS
-        if count > 1 and (full or metrics > BATCH_METRIC):
+        if len(alike[-1]) >= most_together(geometry, task.plan.config):
             alike.append([])
         alike[-1].append(task)
     return [batch for alike in batches.values() for batch in alike]

@@ -41,6 +41,10 @@ class Teacher:
             self._logits = self._live() if self.config.teacher == "live" else self._kept(told)
         return self._logits
 
+    def forget(self) -> None:
+        """Free what it holds in memory."""
+        self._logits = None
+
     def _live(self) -> Logits:
         pair = self.pair
         model = load_whole(str(pair.original.folder), str(pair.device), trust_remote_code=pair.trust_remote_code)

@@ -17,7 +17,6 @@ from vptq.pipeline.tune_models import Pair
 from vptq.recipe import BlockPassKind
 
 PASSES: dict[str, type[BlockPass]] = {"outputs": OutputPass, "predictions": PredictionPass}
-TOGETHER = 8  # blocks that learn in one go of passes that follow predictions; spread over the model's depth
 COUPLING = 0.4  # of a block with each other one: how much of their outputs' changes adds up
 DAMPING = {1.0: 0.7, 0.5: 1.5, 0.25: 3.0, 0.0: 6.0}  # what it is multiplied by, after the part of the way that was best
 
@@ -37,43 +36,32 @@ class BlockTuning:
         train, rest = tokens[: len(tokens) - held_out].split(size), tokens[len(tokens) - held_out :].split(size)
         self.settings = PassSettings(pair, config, [*train, *rest], len(rest), job, told, note)
         self.held_out = (math.nan, math.nan)  # KL of the whole model, before and after
-        self.damping = 1 + COUPLING * (len(self._shares("predictions")[0]) - 1)
+        self.damping = 1 + COUPLING * (self.settings.num_blocks - 1)
 
     def units(self) -> float:
         """What `told` is told in all."""
-        return sum(self._units_of(kind, own) for kind in self.settings.config.passes for own in self._shares(kind))
+        return sum(self._units_of(kind) for kind in self.settings.config.passes)
 
-    def _shares(self, kind: BlockPassKind) -> list[range]:
-        """The blocks that learn together, of each go of a pass."""
-        blocks = self.settings.num_blocks
-        count = math.ceil(blocks / TOGETHER) if kind == "predictions" else 1
-        return [range(first, blocks, count) for first in reversed(range(count))]
-
-    def _units_of(self, kind: BlockPassKind, learners: range) -> float:
-        return PASSES[kind].units(self.settings, learners) + len(PASSES[kind].parts) * self._check_units()
+    def _units_of(self, kind: BlockPassKind) -> float:
+        return PASSES[kind].units(self.settings) + len(PASSES[kind].parts) * self._check_units()
 
     def run(self) -> tuple[dict[str, Tensor], dict[str, History]]:
         """Every pass; what has changed, by full name as it is stored, and the history of each block in each pass."""
         values: dict[str, Tensor] = {}
         histories: dict[str, History] = {}
         for number, kind in enumerate(self.settings.config.passes, 1):
-            shares = self._shares(kind)
-            for go, learners in enumerate(shares, 1):
-                name = f"{number} {kind}" + (f" {go} of {len(shares)}" if len(shares) > 1 else "")
-                values, found = self._one(kind, name, learners, values)
-                histories |= found
+            values, found = self._one(kind, f"{number} {kind}", values)
+            histories |= found
         return values, histories
 
-    def _one(
-        self, kind: BlockPassKind, name: str, learners: range, before: dict[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, History]]:
-        """One go of a pass, or what a stopped run found in it."""
+    def _one(self, kind: BlockPassKind, name: str, before: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, History]]:
+        """One pass, or what a stopped run found in it."""
         job, kept = self.settings.job, self.settings.job.load_tensors(name)
         if kept is not None:
             self.held_out, self.damping = tuple(kept[1]["held_out"]), kept[1]["damping"]
-            self.settings.told(name, self._units_of(kind, learners))
+            self.settings.told(name, self._units_of(kind))
             return kept[0], kept[1]["histories"]
-        one = PASSES[kind](self.settings, name, before, self.damping, learners)
+        one = PASSES[kind](self.settings, name, before, self.damping)
         changed, found = one.run()
         values, part = self._checked(one, changed)
         if kind == "predictions":

@@ -16,24 +16,27 @@ from torch import Tensor, nn
 from vptq.checkpoint.reader import DequantizedSource, fill_model, packed_tensors
 from vptq.checkpoint.writer import is_whole, write_changed
 from vptq.errors import UsageError
-from vptq.finetune.distill import Distillation, Weights
+from vptq.finetune.distill import Distillation
 from vptq.finetune.fit import Schedule
-from vptq.finetune.incremental import HESSIAN_TOKENS, Forms, Incremental, parts_of
+from vptq.finetune.incremental import HESSIAN_TOKENS, Codebooks, Form, Incremental, parts_of
+from vptq.finetune.unpacked import Unpacked
 from vptq.finetune_config import FinetuneConfig
 from vptq.geometry import plan_geometry
+from vptq.layer_config import LayerConfig
 from vptq.models.architecture import Skeleton, load_skeleton
+from vptq.models.remote import mirror_of
+from vptq.models.stream import TensorSource
 from vptq.nn.operands import stored_centroids
 from vptq.pipeline.block_pass import Told, unpacked_in
 from vptq.pipeline.fold import find_fold, open_folder
 from vptq.pipeline.teacher import Teacher
+from vptq.pipeline.team import Alone
 from vptq.pipeline.tune_job import TuneJob
 from vptq.pipeline.tune_models import Pair
-from vptq.pipeline.tune_whole import compute_blocks_twice
+from vptq.pipeline.tune_whole import backward_of, compute_blocks_twice, distillation_of
 from vptq.quantize.codebook import store_codebook
-from vptq.quantize.result import Codebook
 
-STATE, FOLDER = "indices", "indices"
-BACKWARD = 3.0  # times a forward pass, that included
+STATE, FOLDER, FOUND = "indices", "indices", "indices-found"
 SAVE_SECONDS = 120.0  # between two states that a stopped run goes on from
 
 
@@ -50,10 +53,59 @@ class NewIndices:
     history: list[dict[str, Any]]
 
 
+class _Start:
+    """The original's blocks, as they were before they were quantized; all else as the packed checkpoint has it.
+
+    Args:
+        packed, original: the two models' tensors. blocks: what names in the blocks begin with.
+    """
+
+    def __init__(self, packed: TensorSource, original: TensorSource, blocks: str) -> None:
+        self.packed, self.original, self.blocks = packed, original, blocks
+
+    def _of(self, name: str) -> TensorSource:
+        return self.packed if not name.startswith(self.blocks) and self.packed.has(name) else self.original
+
+    def has(self, name: str) -> bool:
+        return self._of(name).has(name)
+
+    def get(self, name: str) -> Tensor:
+        return self._of(name).get(name)
+
+
+def linears_of(pair: Pair) -> list[str]:
+    """The quantized linears in the blocks, in their order."""
+    return [info.name for info in pair.original.linears() if info.name in pair.layers]
+
+
+def form_of(pair: Pair, name: str) -> Form:
+    """What a linear is quantized to: with its own codebook as it is where others share it, or a trellis runs over it."""
+    layer = pair.layers[name]
+    given = bool(layer.codebook_of) or name in pair.lent or bool(layer.trellis_bits)
+    return Form(layer, layer.linear_config(given), (layer.codebook_of or name) if given else "")
+
+
+def check_forms(pair: Pair) -> None:
+    """Raise UsageError where a linear's form is none that settings give."""
+    bad = []
+    for name in linears_of(pair):
+        form = form_of(pair, name)
+        layer, config = form.layer, form.config
+        geometry, faults = plan_geometry(layer.out_features, layer.in_features, config)
+        fits = geometry == layer.geometry and not faults and not config.faults()
+        scales = 0 if geometry is None else LayerConfig.of(config, geometry, bias=False).num_scales
+        if not fits or (form.shared and scales != layer.num_scales):
+            bad.append(name)
+    if bad:
+        raise UsageError(
+            "these linears are packed in a form that can't be quantized anew", where=bad, hint="leave out --train indices"
+        )
+
+
 class IndexTuning:
     """The quantizing anew of all linears in the blocks.
 
-    Args: as for `WholeTuning`; `teacher` gives the original's predictions.
+    Args: as for `WholeTuning`.
     """
 
     def __init__(
@@ -68,27 +120,10 @@ class IndexTuning:
     ) -> None:
         self.pair, self.config, self.tokens, self.job = pair, config, tokens, job
         self.told, self.note, self.teacher = told, note, teacher
-        blocks = f"{pair.packed.blocks_name}."
-        self.names = [
-            info.name for info in pair.original.linears() if info.name in pair.layers and info.name.startswith(blocks)
-        ]
-        self._check()
-        sizes = [(name, pair.layers[name].out_features * pair.layers[name].in_features) for name in self.names]
+        self.forms = {name: form_of(pair, name) for name in linears_of(pair)}
+        sizes = [(name, form.layer.out_features * form.layer.in_features) for name, form in self.forms.items()]
         self.parts = parts_of(sizes, config.rounds or len(pair.original.blocks))
         self._saved = time.monotonic()
-
-    def _check(self) -> None:
-        """Raise UsageError where a linear's form is none that settings give."""
-        bad = []
-        for name in self.names:
-            layer = self.pair.layers[name]
-            geometry, faults = plan_geometry(layer.out_features, layer.in_features, layer.linear_config())
-            if faults or geometry != layer.geometry or layer.linear_config().faults():
-                bad.append(name)
-        if bad:
-            raise UsageError(
-                "these linears are packed in a form that can't be quantized anew", where=bad, hint="leave out --train indices"
-            )
 
     @property
     def description(self) -> str:
@@ -108,12 +143,12 @@ class IndexTuning:
         return Schedule(steps, config.round_rate, warmup, config.weight_decay, eval_every=steps, patience=steps)
 
     def _hessian_units(self) -> float:
-        return BACKWARD * sum(batch.numel() for batch in self._batches()) * len(self.pair.original.blocks)
+        return backward_of(self.config) * sum(batch.numel() for batch in self._batches()) * len(self.pair.original.blocks)
 
     def _step_units(self) -> float:
         config, tokens = self.config, self.tokens.shape[1]
         looks = 2 * (config.num_held_out or 1) * tokens / config.round_steps
-        return (BACKWARD * (config.batch_size or 1) * tokens + looks) * len(self.pair.original.blocks)
+        return (backward_of(config) * (config.batch_size or 1) * tokens + looks) * len(self.pair.original.blocks)
 
     def _batches(self) -> list[Tensor]:
         """The text that Hessians are summed over."""
@@ -123,10 +158,11 @@ class IndexTuning:
 
     def run(self) -> NewIndices:
         """Quantize anew; or what a stopped run found."""
-        folder, kept = self.job.work / FOLDER, self.job.load_tensors("indices-found")
+        folder, kept = self.job.work / FOLDER, self.job.load_tensors(FOUND)
         if kept is not None:
             better = kept[1]["better"]
             if not better or is_whole(folder):
+                self.told("quantizing", self.units())
                 return NewIndices(folder if better else self.pair.packed.folder, tuple(kept[1]["held_out"]), kept[1]["history"])
         before = self._before()
         work = self._prepare()
@@ -142,7 +178,7 @@ class IndexTuning:
             own = [name for name, _ in self.pair.packed.model.named_parameters()]
             write_changed(folder, self.pair.packed_source, own, self.pair.layers, self._changed(work))
         held_out = (before, work.loss if better else before)
-        self.job.save_tensors("indices-found", {}, {"better": better, "held_out": held_out, "history": work.history})
+        self.job.save_tensors(FOUND, {}, {"better": better, "held_out": held_out, "history": work.history})
         return NewIndices(folder if better else self.pair.packed.folder, held_out, work.history)
 
     def _told(self, phase: str) -> None:
@@ -150,7 +186,11 @@ class IndexTuning:
 
     def _after_part(self, work: Incremental) -> None:
         self.job.log(f"part {work.done} of {len(self.parts)}: held-out loss {work.quantized_loss:.4f} -> {work.loss:.4f}")
-        if time.monotonic() - self._saved >= SAVE_SECONDS:
+        if work.stopped:
+            less = "its best values are kept. A lower --round_rate may help"
+            self.note(f"warning: training after part {work.done} {work.stopped}; {less}")
+        over, here = work.done == len(self.parts), mirror_of(self.job.folder) is None  # it is too large to copy to a URL
+        if not over and here and time.monotonic() - self._saved >= SAVE_SECONDS:
             self.job.check_lock()
             self.job.save_tensors(STATE, *work.state())
             self._saved = time.monotonic()
@@ -158,24 +198,21 @@ class IndexTuning:
     def _before(self) -> float:
         """The held-out loss of the checkpoint as it is."""
         student = self.pair.load_student()
-        distillation = self._distillation(student)
-        distillation.unpacked = unpacked_in(student, self.pair, self.config)
-        return distillation.held_out()
+        return self._distillation(student, unpacked_in(student, self.pair, self.config)).held_out()
 
     def _prepare(self) -> Incremental:
-        pair = self.pair
-        model = self._float_model()
-        layers = {name: pair.layers[name] for name in self.names}
-        owners = {layer.codebook_of or name for name, layer in layers.items() if layer.num_scales}
-        forms = Forms(layers, {name: self._codebooks(name) for name in owners}, pair.packed.dtype)
-        return Incremental(model, self.parts, forms, self._distillation(model), self._schedule, self._batches())
+        pair, model = self.pair, self._float_model()
+        codebooks = {owner: self._codebooks(owner) for owner in {form.shared for form in self.forms.values()} if owner}
+        parts = model, self.parts, self.forms, codebooks, pair.packed.dtype, self._distillation(model)
+        return Incremental(*parts, self._schedule, self._batches())
 
     def _float_model(self) -> nn.Module:
-        """The original in float32, rotated where the packed one is; what is packed outside of the blocks as it is there."""
+        """The original in float32, rotated where the packed one is, with what is not in the blocks from that."""
         pair = self.pair
         skeleton: Skeleton = load_skeleton(pair.original.folder, pair.trust_remote_code, torch.float32)
-        ends = {name: layer for name, layer in pair.layers.items() if name not in set(self.names)}
-        with contextlib.closing(open_folder(skeleton, find_fold(skeleton, pair.layers), pair.device)) as base:
+        ends = {name: layer for name, layer in pair.layers.items() if name not in self.forms}
+        with contextlib.closing(open_folder(skeleton, find_fold(skeleton, pair.layers), pair.device)) as original:
+            base = _Start(pair.packed_source, original, f"{pair.packed.blocks_name}.")
             stored = DequantizedSource(
                 base, ends, lambda name: packed_tensors(pair.packed_source, name, ends[name]), torch.float32, pair.device
             )
@@ -184,28 +221,18 @@ class IndexTuning:
             compute_blocks_twice(skeleton.model)
         return skeleton.model
 
-    def _distillation(self, model: Any) -> Distillation:
-        config = self.config
-        return Distillation(
-            model,
-            self.tokens,
-            self.teacher.logits(self.told) if self.teacher else None,
-            Weights(config.kl_weight, config.ce_weight),
-            batch=config.batch_size or 1,
-            micro_batch=config.at_once,
-            num_held_out=config.num_held_out or 1,
-            seed=config.seed,
-            device=self.pair.device,
-            compute=self.pair.compute,
-        )
+    def _distillation(self, model: Any, unpacked: Unpacked | None = None) -> Distillation:
+        teacher = self.teacher.logits(self.told) if self.teacher else None
+        return distillation_of(model, self.tokens, teacher, self.config, self.pair, Alone(), unpacked)
 
-    def _codebooks(self, owner: str) -> tuple[Codebook, ...]:
-        """The codebooks that a linear stores for all that share them."""
+    def _codebooks(self, owner: str) -> Codebooks:
+        """The codebooks that a linear stores, for itself or for all that share them."""
         layer, dtype = self.pair.layers[owner], self.pair.packed.dtype
         tensors = {key: own.to(self.pair.device) for key, own in packed_tensors(self.pair.packed_source, owner, layer).items()}
         sizes = {"centroids": layer.num_centroids[1], "res_centroids": layer.num_res_centroids[1]}
         found = [stored_centroids(name, tensors, layer, size, layer.vector_lens[1]) for name, size in sizes.items() if size > 0]
-        return tuple(store_codebook(values, layer.bitwidth, layer.bsize, dtype) for values in found)
+        books = tuple(store_codebook(values, layer.bitwidth, layer.bsize, dtype) for values in found)
+        return Codebooks(books, {key: tensors[key] for key in layer.codebook_shapes()})
 
     def _changed(self, work: Incremental) -> dict[str, Tensor]:
         """All that differs from the given checkpoint, by the packed model's names."""

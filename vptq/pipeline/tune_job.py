@@ -1,6 +1,7 @@
 """The folder of a `finetune` run, beside what every run's folder has (see `run_folder`).
 
 work/text.safetensors          the tokens that are trained on
+work/indices/                  the given checkpoint with new indices, if they are asked for and better
 work/start/                    the checkpoint that training starts from, where it is not the given one
 work/NAME.safetensors          what has been trained: a finished block, or the state of a training under way
 curves.json, curves.png        losses

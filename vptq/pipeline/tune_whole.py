@@ -14,13 +14,12 @@ from vptq.finetune.trainable import trainables
 from vptq.finetune.unpacked import Unpacked
 from vptq.finetune_config import FinetuneConfig
 from vptq.pipeline.block_pass import Told, schedule_of, unpacked_in
-from vptq.pipeline.teacher import Teacher
+from vptq.pipeline.teacher import Logits, Teacher
 from vptq.pipeline.team import Team
 from vptq.pipeline.tune_job import TuneJob
 from vptq.pipeline.tune_models import Pair
 
 STATE = "fit"
-BACKWARD = 3.0  # times a forward pass, that included; once more with gradient checkpointing
 
 
 class WholeTuning:
@@ -44,7 +43,6 @@ class WholeTuning:
         self.told, self.note, self.team = told, note, team
         self.schedule = schedule_of(config)
         self.teacher = teacher
-        self.unpacked: Unpacked | None = None
         self.held_out = (math.nan, math.nan)  # the loss, before and after
 
     def units(self) -> float:
@@ -53,8 +51,7 @@ class WholeTuning:
 
     def _step_units(self) -> float:
         tokens = self.tokens.shape[1]
-        times = BACKWARD + self.config.gradient_checkpointing
-        trained = times * (self.config.batch_size or 1) * tokens
+        trained = backward_of(self.config) * (self.config.batch_size or 1) * tokens
         looks = (self.config.num_held_out or 1) * tokens / self.schedule.eval_every
         return (trained + looks) * len(self.pair.original.blocks)
 
@@ -70,38 +67,19 @@ class WholeTuning:
             head=student.get_output_embeddings(),
             head_rate=self.config.head_rate,
         )
-        fit = self._fit(student, items, teacher)
+        unpacked = unpacked_in(student, self.pair, self.config)
+        distillation = distillation_of(student, self.tokens, teacher, self.config, self.pair, self.team, unpacked)
+        fit = Fit(items, self.schedule, distillation.train, distillation.held_out)
         kept = self.job.load_tensors(STATE)
         if kept is not None:
             fit.load_state(*kept)
             self.told("training", fit.step * self._step_units())
         fit.run(self._after_step)
-        if self.unpacked and self.unpacked.fault:
-            self.note(f"steps were started kernel by kernel, which is slower: {self.unpacked.fault}")
+        if unpacked and unpacked.fault:
+            self.note(f"steps were started kernel by kernel, which is slower: {unpacked.fault}")
         self.held_out = fit.first, fit.best
         self._tell_end(fit)
         return {name: tensor.cpu() for name, tensor in fit.best_values.items()}, {"whole model": fit.history}
-
-    def _fit(self, student: Any, items: list[Any], teacher: Callable[[list[int]], Tensor] | None) -> Fit:
-        config = self.config
-        self.unpacked = unpacked_in(student, self.pair, config)
-        distillation = Distillation(
-            student,
-            self.tokens,
-            teacher,
-            Weights(config.kl_weight, config.ce_weight),
-            batch=config.batch_size or 1,
-            micro_batch=config.at_once,
-            num_held_out=config.num_held_out or 1,
-            seed=config.seed,
-            device=self.pair.device,
-            compute=self.pair.compute,
-            rank=self.team.rank,
-            world=self.team.world,
-            reduce=None if self.team.world == 1 else self.team.add_up,
-            unpacked=self.unpacked,
-        )
-        return Fit(items, self.schedule, distillation.train, distillation.held_out)
 
     def _after_step(self, fit: Fit) -> None:
         self.told("training", self._step_units())
@@ -123,6 +101,42 @@ class WholeTuning:
         if self.config.gradient_checkpointing:
             compute_blocks_twice(student)
         return student
+
+
+def distillation_of(
+    model: Any,
+    tokens: Tensor,
+    teacher: Logits | None,
+    config: FinetuneConfig,
+    pair: Pair,
+    team: Team,
+    unpacked: Unpacked | None,
+) -> Distillation:
+    """The loss of a model against the original's predictions, as the settings ask for it.
+
+    Args: as for `Distillation`; tokens (num_sequences, seq_len) int64. config: resolved.
+    """
+    return Distillation(
+        model,
+        tokens,
+        teacher,
+        Weights(config.kl_weight, config.ce_weight),
+        batch=config.batch_size or 1,
+        micro_batch=config.at_once,
+        num_held_out=config.num_held_out or 1,
+        seed=config.seed,
+        device=pair.device,
+        compute=pair.compute,
+        rank=team.rank,
+        world=team.world,
+        reduce=None if team.world == 1 else team.add_up,
+        unpacked=unpacked,
+    )
+
+
+def backward_of(config: FinetuneConfig) -> float:
+    """What forward and backward cost, in passes forward."""
+    return 3.0 + config.gradient_checkpointing
 
 
 def compute_blocks_twice(model: Any) -> None:

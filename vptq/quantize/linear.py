@@ -12,11 +12,20 @@ from torch import Tensor
 
 from vptq.config import LinearConfig
 from vptq.errors import UsageError
-from vptq.geometry import plan_geometry
+from vptq.geometry import Geometry, plan_geometry
 from vptq.quantize.own_codebooks import quantize_with_own
 from vptq.quantize.problem import LinearInput, LinearReport, check_input
 from vptq.quantize.result import Codebook, QuantizedWeight
 from vptq.quantize.shared_codebook import quantize_with_shared
+
+BATCH_VECTORS = 1 << 20  # about what fills a large GPU
+BATCH_METRIC = 1 << 27  # numbers of all factors of a batch: half a gigabyte
+
+
+def most_together(geometry: Geometry, config: LinearConfig) -> int:
+    """How many linears of one shape and setting are quantized together at most: enough for a large GPU, and its memory."""
+    by_metric = BATCH_METRIC // (geometry.in_features**2 * geometry.row_groups)
+    return max(1, by_metric if config.has_trellis else min(by_metric, BATCH_VECTORS // geometry.num_vectors))
 
 
 def quantize_linear(
