@@ -13,11 +13,13 @@ from tests.pipeline.test_finetune import changed_names, reload_alike, tensors_of
 from tests.pipeline.test_run import config_of
 from vptq.bits import checkpoint_bits
 from vptq.checkpoint.reader import load_whole, read_layers
+from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
 from vptq.errors import UsageError
 from vptq.finetune import incremental
 from vptq.finetune.distill import Distillation
 from vptq.finetune.incremental import Incremental
 from vptq.finetune_config import FinetuneConfig
+from vptq.models.architecture import DEMO
 from vptq.pipeline import tune_indices
 from vptq.pipeline.finetune import finetune_model
 from vptq.pipeline.progress import Silent
@@ -101,6 +103,24 @@ def test_what_is_float_makes_up_for_what_is_quantized(wishes, any_gain):
         for rate in (1e-9, 2e-3)
     ]
     assert losses[1] < 0.97 * losses[0]
+
+
+@pytest.mark.slow
+def test_the_demo_model_gains(tmp_path):
+    """A hundred steps of a thousand tokens take a few percent of the KL; no bit more is stored."""
+    text = str(DEMO / "calibration.txt")
+    linear = LinearConfig(rotation="hadamard", codebook_scope="shared", vector_lens=(-1, 4), num_centroids=(-1, 256))
+    calibration = CalibrationConfig(hessian="fisher", sequential=True, nsamples=64, seq_len=128)
+    packed = quantize_model(QuantConfig(linear=linear, calibration=calibration, output_dir=str(tmp_path), device="cpu"))
+    result = finetune_model(
+        FinetuneConfig(
+            mode="e2e", model_name=str(packed.folder / "packed_model"), train=("indices",), dataset=(text,), nsamples=332,
+            num_held_out=32, seq_len=128, batch_size=8, rounds=6, round_steps=15, round_rate=3e-3, output_dir=str(tmp_path),
+            eval_nsamples=8, device="cpu", gradient_checkpointing=False,
+        )
+    )  # fmt: skip
+    assert result.held_out[1] < 0.98 * result.held_out[0]
+    assert result.bits == checkpoint_bits(packed.folder / "packed_model")
 
 
 def test_hessians_are_the_losss_and_steps_go_on_through_the_text(wishes, originals, any_gain, monkeypatch):
