@@ -35,7 +35,7 @@ with torch.no_grad():
 
 @pytest.fixture(scope="module")
 def packed(tiny_llama, text_file, tmp_path_factory):
-    from tests.pipeline.test_finetune import ROTATED
+    from tests.pipeline.conftest import ROTATED
     from tests.pipeline.test_run import config_of, quantize_model
 
     settings = ROTATED | {"trellis_bits": 2}
