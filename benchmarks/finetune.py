@@ -104,8 +104,8 @@ def draw(runs: list[Run], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for run in runs:
-        if len(run.curves) == 1:  # block by block there are as many as blocks and passes
-            (history,) = run.curves.values()
+        history = run.curves.get("whole model")  # block by block there are as many as blocks and passes
+        if history:
             looks = [(entry["step"], entry["held_out"]) for entry in history if "held_out" in entry]
             axes.plot(*zip(*looks, strict=True), marker=".", label=run.name)
     axes.set(xlabel="step", ylabel="loss on the held-out text, nats a token", yscale="log")
