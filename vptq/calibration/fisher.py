@@ -61,6 +61,11 @@ def token_weights(
     return found
 
 
+def weights_of(gradient: Tensor, groups: int) -> Tensor:
+    """The mean square of a linear's output gradients, (..., out_features), over runs of rows: (groups, tokens) float32."""
+    return gradient.detach().reshape(-1, groups, gradient.shape[-1] // groups).float().square().mean(2).T
+
+
 def batches_at_once(runner: BlockRunner, batches: list[Tensor]) -> int:
     """How many batches, (sequences, seq_len) each, have the inputs of all their blocks kept together."""
     size = runner.skeleton.hidden_size * runner.dtype.itemsize
@@ -131,8 +136,8 @@ class _GradientWatcher:
             self.places[name] += output[..., 0].numel()  # of the tokens that come here: an expert does not see all
 
             def note(gradient: Tensor) -> None:
-                rows = gradient.detach().reshape(-1, groups, gradient.shape[-1] // groups).float()
-                self._noted.append((target[:, first : first + len(rows)], rows.square().mean(2).T))
+                weights = weights_of(gradient, groups)
+                self._noted.append((target[:, first : first + weights.shape[1]], weights))
 
             if output.requires_grad:
                 output.register_hook(note)

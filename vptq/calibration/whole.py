@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from vptq.calibration.fisher import weights_of
 from vptq.calibration.hessian import HessianAccumulator
 from vptq.errors import NumericalError
 
@@ -61,8 +62,7 @@ class LossHessians:
             rows = inputs[0].detach()
 
             def add(gradient: Tensor) -> None:
-                runs = gradient.detach().reshape(-1, sums.groups, gradient.shape[-1] // sums.groups).float()
-                sums.add(rows, runs.square().mean(2).T)
+                sums.add(rows, weights_of(gradient, sums.groups))
 
             output.register_hook(add)
 

@@ -22,9 +22,10 @@ from vptq.config import LinearConfig
 from vptq.finetune.distill import Distillation
 from vptq.finetune.fit import Fit, Schedule
 from vptq.finetune.trainable import Trainable, float_trainables
+from vptq.geometry import Geometry
 from vptq.layer_config import LayerConfig
 from vptq.nn.reference import dequantize_packed
-from vptq.quantize.linear import LinearInput, most_together, quantize_linears
+from vptq.quantize.linear import LinearInput, in_batches, quantize_linears
 from vptq.quantize.result import Codebook, QuantizedWeight
 
 HESSIAN_TOKENS = 1 << 17  # that Hessians are summed over
@@ -117,7 +118,7 @@ class Incremental:
     def _quantize(self, part: tuple[str, ...]) -> None:
         linears = {name: self.model.get_submodule(name) for name in part}
         hessians = self._hessians(linears)
-        for names in self._batches_of(part):
+        for names in in_batches(part, self._alike):
             form = self.forms[names[0]]
             shared = self.codebooks[form.shared].books if form.shared else None
             inputs = [LinearInput(name, linears[name].weight.detach(), _squeezed(hessians.pop(name))) for name in names]
@@ -144,15 +145,10 @@ class Incremental:
         tensors = {key: tensor.to(weight.device) for key, tensor in {**given, **stored}.items()}
         weight.copy_(dequantize_packed(tensors, form.layer, torch.float32))
 
-    def _batches_of(self, part: tuple[str, ...]) -> Iterator[list[str]]:
-        """Linears that are quantized together."""
-        alike: dict[Any, list[str]] = {}
-        for name in part:
-            form = self.forms[name]
-            alike.setdefault((form.layer.geometry, form.config, form.shared), []).append(name)
-        for (geometry, config, _), names in alike.items():
-            most = most_together(geometry, config)
-            yield from (names[start : start + most] for start in range(0, len(names), most))
+    def _alike(self, name: str) -> tuple[Geometry, LinearConfig, str]:
+        """What linears that are quantized together have in common."""
+        form = self.forms[name]
+        return form.layer.geometry, form.config, form.shared
 
     def _hessians(self, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
         own = {f"{name}.weight" for name in linears}

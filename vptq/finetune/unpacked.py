@@ -35,6 +35,7 @@ class Unpacked:
         self._learning = [stand for stand in self._stands if stand.learns]
         found = {id(own): own for stand in self._learning for own in stand.linear.learners()}
         self._learners = list(found.values())
+        self._made = False  # all weights: from then on they lie where they lie
         on_gpu = any(own.is_cuda for own in self._learners)
         make, give = functools.partial(_make_anew, self._learning), functools.partial(_hand_on, self._learning)
         self._refresh: Callable[[], None] = Recorded(make) if on_gpu else make
@@ -61,9 +62,11 @@ class Unpacked:
     @contextlib.contextmanager
     def _standing(self, learn: bool) -> Iterator[None]:
         try:
-            for stand in self._stands:
-                stand.prepare()
-            self._refresh()
+            if self._made:
+                self._refresh()
+            else:
+                _make_anew(self._stands)
+                self._made = True
             for stand in self._stands:
                 stand.enter(learn)
             yield
@@ -88,17 +91,14 @@ class _StandIn:
         self.has_gradient = False  # of this step
         self._hook: RemovableHandle | None = None  # for a step only: what torch keeps would keep this object for ever
 
-    def prepare(self) -> None:
-        """Make the weight, where there is none yet: from then on it lies where it lies."""
-        if self._weight is None:
-            with torch.no_grad():
-                self._weight = self.linear.unpacked_weight().to(self.dtype)
-
     @torch.no_grad()
     def unpack(self) -> None:
-        """Bring the weight to what it is now."""
-        assert self._weight is not None
-        self._weight.data.copy_(self.linear.unpacked_weight())
+        """Make the weight, or bring it to what it is now."""
+        made = self.linear.unpacked_weight()
+        if self._weight is None:
+            self._weight = made.to(self.dtype)
+        else:
+            self._weight.data.copy_(made)
 
     def enter(self, learn: bool) -> None:
         """Put the weight into the linear."""

@@ -152,7 +152,7 @@ class _Run:
         self.pair = pair
         distils = self.config.mode == "e2e" and self.config.kl_weight > 0
         self.teacher = Teacher(pair, self.config, self.tokens, job, team) if distils else None
-        common = pair, self.config, self.tokens, job, self._told, self._note, self.teacher
+        common = pair, self.config, self.tokens, job, self._told, self._note, team, self.teacher
         self.indices = IndexTuning(*common) if self.config.new_indices else None
 
     def _windows(self, pair: Pair) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from vptq.pipeline.codebooks import load_codebooks
 from vptq.pipeline.hessians import Moments
 from vptq.pipeline.job import Job
 from vptq.pipeline.plan import LinearPlan
-from vptq.quantize.linear import LinearInput, most_together, quantize_linears
+from vptq.quantize.linear import LinearInput, in_batches, quantize_linears
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,7 @@ def make_batches(tasks: list[LinearTask], device: torch.device) -> list[list[Lin
     """Tasks that are quantized together: of one shape and setting, where kernels can fill the GPU only so."""
     if not use_kernels(device):
         return [[task] for task in tasks]
-    batches: dict[Any, list[list[LinearTask]]] = {}
-    for task in tasks:
-        info, geometry = task.plan.info, task.plan.layer.geometry
-        alike = batches.setdefault((info.out_features, info.in_features, task.plan.config, task.dtype), [[]])
-        if len(alike[-1]) >= most_together(geometry, task.plan.config):
-            alike.append([])
-        alike[-1].append(task)
-    return [batch for alike in batches.values() for batch in alike]
+    return in_batches(tasks, lambda task: (task.plan.layer.geometry, task.plan.config, task.dtype))
 
 
 def quantize_batch(

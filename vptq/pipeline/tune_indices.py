@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,18 @@ from torch import Tensor, nn
 from vptq.checkpoint.reader import DequantizedSource, fill_model, packed_tensors
 from vptq.checkpoint.writer import is_whole, write_changed
 from vptq.errors import UsageError
-from vptq.finetune.distill import Distillation
 from vptq.finetune.fit import Schedule
 from vptq.finetune.incremental import HESSIAN_TOKENS, Codebooks, Form, Incremental, parts_of
-from vptq.finetune.unpacked import Unpacked
-from vptq.finetune_config import FinetuneConfig
 from vptq.geometry import plan_geometry
 from vptq.layer_config import LayerConfig
 from vptq.models.architecture import Skeleton, load_skeleton
 from vptq.models.remote import mirror_of
 from vptq.models.stream import TensorSource
 from vptq.nn.operands import stored_centroids
-from vptq.pipeline.block_pass import Told, unpacked_in
+from vptq.pipeline.block_pass import unpacked_in
 from vptq.pipeline.fold import find_fold, open_folder
-from vptq.pipeline.teacher import Teacher
-from vptq.pipeline.team import Alone
-from vptq.pipeline.tune_job import TuneJob
 from vptq.pipeline.tune_models import Pair
-from vptq.pipeline.tune_whole import backward_of, compute_blocks_twice, distillation_of
+from vptq.pipeline.tune_whole import WholeModel, compute_blocks_twice
 from vptq.quantize.codebook import store_codebook
 
 STATE, FOLDER, FOUND = "indices", "indices", "indices-found"
@@ -102,28 +96,21 @@ def check_forms(pair: Pair) -> None:
         )
 
 
-class IndexTuning:
-    """The quantizing anew of all linears in the blocks.
+class IndexTuning(WholeModel):
+    """The quantizing anew of all linears in the blocks."""
 
-    Args: as for `WholeTuning`.
-    """
+    _saved = 0.0
 
-    def __init__(
-        self,
-        pair: Pair,
-        config: FinetuneConfig,
-        tokens: Tensor,
-        job: TuneJob,
-        told: Told,
-        note: Callable[[str], None],
-        teacher: Teacher | None,
-    ) -> None:
-        self.pair, self.config, self.tokens, self.job = pair, config, tokens, job
-        self.told, self.note, self.teacher = told, note, teacher
-        self.forms = {name: form_of(pair, name) for name in linears_of(pair)}
+    @functools.cached_property
+    def forms(self) -> dict[str, Form]:
+        """What each linear is quantized to."""
+        return {name: form_of(self.pair, name) for name in linears_of(self.pair)}
+
+    @functools.cached_property
+    def parts(self) -> list[tuple[str, ...]]:
+        """What is quantized together."""
         sizes = [(name, form.layer.out_features * form.layer.in_features) for name, form in self.forms.items()]
-        self.parts = parts_of(sizes, config.rounds or len(pair.original.blocks))
-        self._saved = time.monotonic()
+        return parts_of(sizes, self.config.rounds or len(self.pair.original.blocks))
 
     @property
     def description(self) -> str:
@@ -133,9 +120,8 @@ class IndexTuning:
 
     def units(self) -> float:
         """What `told` is told in all: tokens that went forward through a block."""
-        return len(self.parts) * (self._hessian_units() + self._schedule.steps * self._step_units())
+        return len(self.parts) * (self._hessian_units() + self.config.round_steps * self._step_units())
 
-    @property
     def _schedule(self) -> Schedule:
         config = self.config
         steps = config.round_steps
@@ -143,12 +129,10 @@ class IndexTuning:
         return Schedule(steps, config.round_rate, warmup, config.weight_decay, eval_every=steps, patience=steps)
 
     def _hessian_units(self) -> float:
-        return backward_of(self.config) * sum(batch.numel() for batch in self._batches()) * len(self.pair.original.blocks)
+        return self.units_of(sum(map(len, self._batches())))
 
     def _step_units(self) -> float:
-        config, tokens = self.config, self.tokens.shape[1]
-        looks = 2 * (config.num_held_out or 1) * tokens / config.round_steps
-        return (backward_of(config) * (config.batch_size or 1) * tokens + looks) * len(self.pair.original.blocks)
+        return self.units_of(self.config.batch_size or 1, 2 * self.looked / self.config.round_steps)
 
     def _batches(self) -> list[Tensor]:
         """The text that Hessians are summed over."""
@@ -164,6 +148,7 @@ class IndexTuning:
             if not better or is_whole(folder):
                 self.told("quantizing", self.units())
                 return NewIndices(folder if better else self.pair.packed.folder, tuple(kept[1]["held_out"]), kept[1]["history"])
+        self._saved = time.monotonic()
         before = self._before()
         work = self._prepare()
         state = self.job.load_tensors(STATE)
@@ -198,13 +183,13 @@ class IndexTuning:
     def _before(self) -> float:
         """The held-out loss of the checkpoint as it is."""
         student = self.pair.load_student()
-        return self._distillation(student, unpacked_in(student, self.pair, self.config)).held_out()
+        return self.distillation(student, unpacked_in(student, self.pair, self.config)).held_out()
 
     def _prepare(self) -> Incremental:
         pair, model = self.pair, self._float_model()
         codebooks = {owner: self._codebooks(owner) for owner in {form.shared for form in self.forms.values()} if owner}
-        parts = model, self.parts, self.forms, codebooks, pair.packed.dtype, self._distillation(model)
-        return Incremental(*parts, self._schedule, self._batches())
+        parts = model, self.parts, self.forms, codebooks, pair.packed.dtype, self.distillation(model)
+        return Incremental(*parts, self._schedule(), self._batches())
 
     def _float_model(self) -> nn.Module:
         """The original in float32, rotated where the packed one is, with what is not in the blocks from that."""
@@ -220,10 +205,6 @@ class IndexTuning:
         if self.config.gradient_checkpointing:
             compute_blocks_twice(skeleton.model)
         return skeleton.model
-
-    def _distillation(self, model: Any, unpacked: Unpacked | None = None) -> Distillation:
-        teacher = self.teacher.logits(self.told) if self.teacher else None
-        return distillation_of(model, self.tokens, teacher, self.config, self.pair, Alone(), unpacked)
 
     def _codebooks(self, owner: str) -> Codebooks:
         """The codebooks that a linear stores, for itself or for all that share them."""

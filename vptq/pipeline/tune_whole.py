@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from vptq.finetune.distill import Distillation, Weights
-from vptq.finetune.fit import Fit
+from vptq.finetune.fit import Fit, Schedule
 from vptq.finetune.trainable import trainables
 from vptq.finetune.unpacked import Unpacked
 from vptq.finetune_config import FinetuneConfig
 from vptq.pipeline.block_pass import Told, schedule_of, unpacked_in
-from vptq.pipeline.teacher import Logits, Teacher
+from vptq.pipeline.teacher import Teacher
 from vptq.pipeline.team import Team
 from vptq.pipeline.tune_job import TuneJob
 from vptq.pipeline.tune_models import Pair
@@ -22,8 +23,8 @@ from vptq.pipeline.tune_models import Pair
 STATE = "fit"
 
 
-class WholeTuning:
-    """The whole model.
+class WholeModel:
+    """What trainings of the whole model share.
 
     Args: as for `BlockTuning`. team: who shares the work. teacher: the original's predictions; None where only the text counts.
     """
@@ -40,24 +41,64 @@ class WholeTuning:
         teacher: Teacher | None,
     ) -> None:
         self.pair, self.config, self.tokens, self.job = pair, config, tokens, job
-        self.told, self.note, self.team = told, note, team
-        self.schedule = schedule_of(config)
-        self.teacher = teacher
-        self.held_out = (math.nan, math.nan)  # the loss, before and after
+        self.told, self.note, self.team, self.teacher = told, note, team, teacher
+
+    def distillation(self, model: Any, unpacked: Unpacked | None = None) -> Distillation:
+        """The loss of a model against the original's predictions, as the settings ask for it. unpacked: its packed linears."""
+        config = self.config
+        return Distillation(
+            model,
+            self.tokens,
+            self.teacher.logits(self.told) if self.teacher else None,
+            Weights(config.kl_weight, config.ce_weight),
+            batch=config.batch_size or 1,
+            micro_batch=config.at_once,
+            num_held_out=config.num_held_out or 1,
+            seed=config.seed,
+            device=self.pair.device,
+            compute=self.pair.compute,
+            rank=self.team.rank,
+            world=self.team.world,
+            reduce=None if self.team.world == 1 else self.team.add_up,
+            unpacked=unpacked,
+        )
+
+    def units_of(self, trained: int, looked: float = 0.0) -> float:
+        """What `told` is told of sequences that go forward and backward, and of others that only go forward."""
+        backward = 3.0 + self.config.gradient_checkpointing
+        return (backward * trained + looked) * self.tokens.shape[1] * len(self.pair.original.blocks)
+
+    @property
+    def looked(self) -> int:
+        """Sequences of a look at what is held out."""
+        return self.config.num_held_out or 1
+
+
+class WholeTuning(WholeModel):
+    """The packed model, its indices as they are.
+
+    Attributes:
+        held_out: the loss, before and after.
+    """
+
+    held_out = (math.nan, math.nan)
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """How long and how fast it trains."""
+        return schedule_of(self.config)
 
     def units(self) -> float:
         """What `told` is told in all: tokens that went forward through a block."""
         return self.schedule.steps * self._step_units()
 
     def _step_units(self) -> float:
-        tokens = self.tokens.shape[1]
-        trained = backward_of(self.config) * (self.config.batch_size or 1) * tokens
-        looks = (self.config.num_held_out or 1) * tokens / self.schedule.eval_every
-        return (trained + looks) * len(self.pair.original.blocks)
+        return self.units_of(self.config.batch_size or 1, self.looked / self.schedule.eval_every)
 
     def run(self) -> tuple[dict[str, Tensor], dict[str, list[dict[str, Any]]]]:
         """Train; what has changed, by full name as it is stored, and the history."""
-        teacher = self.teacher.logits(self.told) if self.teacher else None
+        if self.teacher:
+            self.teacher.logits(self.told)  # before the student takes memory
         self.told("training", 0)
         student = self._student()
         items = trainables(
@@ -68,7 +109,7 @@ class WholeTuning:
             head_rate=self.config.head_rate,
         )
         unpacked = unpacked_in(student, self.pair, self.config)
-        distillation = distillation_of(student, self.tokens, teacher, self.config, self.pair, self.team, unpacked)
+        distillation = self.distillation(student, unpacked)
         fit = Fit(items, self.schedule, distillation.train, distillation.held_out)
         kept = self.job.load_tensors(STATE)
         if kept is not None:
@@ -101,42 +142,6 @@ class WholeTuning:
         if self.config.gradient_checkpointing:
             compute_blocks_twice(student)
         return student
-
-
-def distillation_of(
-    model: Any,
-    tokens: Tensor,
-    teacher: Logits | None,
-    config: FinetuneConfig,
-    pair: Pair,
-    team: Team,
-    unpacked: Unpacked | None,
-) -> Distillation:
-    """The loss of a model against the original's predictions, as the settings ask for it.
-
-    Args: as for `Distillation`; tokens (num_sequences, seq_len) int64. config: resolved.
-    """
-    return Distillation(
-        model,
-        tokens,
-        teacher,
-        Weights(config.kl_weight, config.ce_weight),
-        batch=config.batch_size or 1,
-        micro_batch=config.at_once,
-        num_held_out=config.num_held_out or 1,
-        seed=config.seed,
-        device=pair.device,
-        compute=pair.compute,
-        rank=team.rank,
-        world=team.world,
-        reduce=None if team.world == 1 else team.add_up,
-        unpacked=unpacked,
-    )
-
-
-def backward_of(config: FinetuneConfig) -> float:
-    """What forward and backward cost, in passes forward."""
-    return 3.0 + config.gradient_checkpointing
 
 
 def compute_blocks_twice(model: Any) -> None:

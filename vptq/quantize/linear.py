@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +19,27 @@ from vptq.quantize.problem import LinearInput, LinearReport, check_input
 from vptq.quantize.result import Codebook, QuantizedWeight
 from vptq.quantize.shared_codebook import quantize_with_shared
 
+T = TypeVar("T")
 BATCH_VECTORS = 1 << 20  # about what fills a large GPU
 BATCH_METRIC = 1 << 27  # numbers of all factors of a batch: half a gigabyte
 
 
-def most_together(geometry: Geometry, config: LinearConfig) -> int:
-    """How many linears of one shape and setting are quantized together at most: enough for a large GPU, and its memory."""
+def in_batches(linears: Iterable[T], form: Callable[[T], tuple[Geometry, LinearConfig, Hashable]]) -> list[list[T]]:
+    """Linears that are quantized together: of one form, no more of them than fill a large GPU and fit its memory.
+
+    form: of one linear: how it is cut, its settings, and whatever else must be the same.
+    """
+    batches: dict[Hashable, list[list[T]]] = {}
+    for linear in linears:
+        geometry, config, _ = key = form(linear)
+        alike = batches.setdefault(key, [[]])
+        if len(alike[-1]) >= _most_together(geometry, config):
+            alike.append([])
+        alike[-1].append(linear)
+    return [batch for alike in batches.values() for batch in alike]
+
+
+def _most_together(geometry: Geometry, config: LinearConfig) -> int:
     by_metric = BATCH_METRIC // (geometry.in_features**2 * geometry.row_groups)
     return max(1, by_metric if config.has_trellis else min(by_metric, BATCH_VECTORS // geometry.num_vectors))
 
