@@ -43,32 +43,33 @@ def problem_of(linear, generator):
 def test_block_is_linearised(linear, generator, unpack):
     inputs, slopes = problem_of(linear, generator)
     unpacked = Unpacked(linear, torch.float32) if unpack else None
-    outputs, handed, metric = linearise(batches_of(linear, inputs, unpacked=unpacked), slopes)
+    slopes[2][1][1, 4] = 0  # the last token has no label
+    outputs, handed, (weights, metric) = linearise(batches_of(linear, inputs, unpacked=unpacked), slopes)
     weight = torch.nn.functional.pad(linear.dequantize().float(), (0, 0, 0, 18)) + torch.eye(48)
     expected = torch.zeros(48, 48)
-    for x, found, (own, label), (first, second) in zip(inputs, outputs, slopes, handed, strict=True):
+    for x, found, (own, label), (first, second), sizes in zip(inputs, outputs, slopes, handed, weights, strict=True):
         torch.testing.assert_close(found, x @ weight.T, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(first, own @ weight, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(second, label @ weight, rtol=1e-3, atol=1e-3)
-        for y, u in zip(found.flatten(0, 1), label.flatten(0, 1), strict=True):
-            expected += torch.outer(y.norm() * u, y.norm() * u) / 40
-    torch.testing.assert_close(metric, expected, rtol=1e-3, atol=1e-2)
+        for y, u, size in zip(found.flatten(0, 1), label.flatten(0, 1), sizes.flatten(), strict=True):
+            assert size.item() == pytest.approx((y.norm() * u.norm()).item() ** 2, rel=1e-3)
+            expected += torch.outer(u, u) / u.dot(u).clamp_min(1e-9) / 40
+    torch.testing.assert_close(metric, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_loss_is_what_it_says(linear, generator):
     inputs, slopes = problem_of(linear, generator)
     batches = batches_of(linear, inputs)
-    outputs, _, metric = linearise(batches, slopes)
-    loss = LocalModel(batches, outputs, [pair[0] for pair in slopes], metric, [1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 3.5, 4.5])
+    outputs, _, curvature = linearise(batches, slopes)
+    loss = LocalModel(batches, outputs, [pair[0] for pair in slopes], curvature, 3.0, [1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 3.5, 4.5])
     assert loss.of_sequences([2, 3]).item() == pytest.approx(2.0) and loss.held_out() == pytest.approx(4.0)
     with torch.no_grad():
         linear.weight_scale.mul_(1.1)
         change = batches.output(inputs[1], batches.tokens[1]) - outputs[1]
     relative = change / outputs[1].norm(dim=-1, keepdim=True)
-    right = 2.0 + sum(
-        (g @ d + 0.5 * r @ metric @ r) / 10
-        for g, d, r in zip(slopes[1][0].flatten(0, 1), change.flatten(0, 1), relative.flatten(0, 1), strict=True)
-    )
+    weights, metric = curvature
+    tokens = (own.flatten(0, 1) for own in (slopes[1][0], change, relative, weights[1][..., None]))
+    right = 2.0 + sum((g @ d + 0.5 * 3.0 * w * r @ metric @ r) / 10 for g, d, r, w in zip(*tokens, strict=True))
     assert loss.of_sequences([2, 3]).item() == pytest.approx(right.item(), rel=1e-4)
 
 

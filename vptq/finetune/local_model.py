@@ -7,36 +7,47 @@ from torch import Tensor
 
 from vptq.finetune.blockwise import BlockBatches, BlockLoss
 
+SMALLEST = 1e-30  # of a slope's length: a token that nothing follows has none
+
 
 class LocalModel(BlockLoss):
     """KL(original ‖ packed) as far as one block's outputs change it, to second order about the model as it is.
 
     With δ the change of a token's output, g the gradient of the KL there, s = |y| the size of the output before:
 
-        KL ≈ KL₀ + mean over tokens of gᵀδ + ½ (δ/s)ᵀ F (δ/s),    F = mean over tokens of (s u)(s u)ᵀ,
+        KL ≈ KL₀ + mean over tokens of gᵀδ + ½ w (δ/s)ᵀ C (δ/s),    w = |s u|²,    C = mean over tokens of (u/|u|)(u/|u|)ᵀ,
 
-    u the gradient of -log p of a label that the packed model itself draws: F is its Fisher matrix, one for all tokens, in units
-    of the outputs' sizes, since what follows begins with a norm and a few tokens are thousands of times larger than all others.
+    u the gradient of -log p of labels that the packed model itself draws, so that w C stands for the token's Fisher matrix
+    E[(s u)(s u)ᵀ]: what matters is alike for all tokens, how much is not. Sizes are divided by since what follows begins with a
+    norm. Both count for the few tokens that all others look at: their outputs are thousands of times larger than others'
+    (arXiv:2402.17762), and their w a thousand times as large as most in SmolLM2.
 
     Args:
-        before: the outputs before, y, for each batch of inputs, float32. slopes: g, of the same shapes.
-        metric: F, (hidden_size, hidden_size), or a multiple of it, where other blocks change at the same time: their outputs'
-            changes add up. start: KL₀ of each sequence.
+        before: the outputs before, y, for each batch of inputs, float32. slopes: g, of the same shapes. curvature: w, of theirs
+            without the last dimension, and C, (hidden_size, hidden_size). damping: of the second order, more where other
+            blocks change at the same time: their outputs' changes add up. start: KL₀ of each sequence.
     """
 
     def __init__(
-        self, batches: BlockBatches, before: list[Tensor], slopes: list[Tensor], metric: Tensor, start: list[float]
+        self,
+        batches: BlockBatches,
+        before: list[Tensor],
+        slopes: list[Tensor],
+        curvature: tuple[list[Tensor], Tensor],
+        damping: float,
+        start: list[float],
     ) -> None:
         super().__init__(batches)
-        self.before, self.slopes, self.metric, self.start = before, slopes, metric, start
+        self.before, self.slopes, self.damping, self.start = before, slopes, damping, start
+        self.weights, self.metric = curvature
 
     def of_sequences(self, numbers: list[int]) -> Tensor:
         """See the class."""
-        before, slopes = self.batches.rows(self.before, numbers), self.batches.rows(self.slopes, numbers)
+        before, slopes, weights = (self.batches.rows(own, numbers) for own in (self.before, self.slopes, self.weights))
         change = self.output(numbers) - before
         relative = change / sizes_of(before)
-        first, second = (slopes * change).sum(-1), ((relative @ self.metric) * relative).sum(-1)
-        return sum(self.start[number] for number in numbers) / len(numbers) + (first + 0.5 * second).mean()
+        first, second = (slopes * change).sum(-1), weights * ((relative @ self.metric) * relative).sum(-1)
+        return sum(self.start[number] for number in numbers) / len(numbers) + (first + 0.5 * self.damping * second).mean()
 
 
 def sizes_of(outputs: Tensor) -> Tensor:
@@ -44,15 +55,17 @@ def sizes_of(outputs: Tensor) -> Tensor:
     return outputs.norm(dim=-1, keepdim=True).clamp_min(1e-10)
 
 
-def linearise(batches: BlockBatches, slopes: list[list[Tensor]]) -> tuple[list[Tensor], list[list[Tensor]], Tensor]:
-    """A block as it is: its outputs, the slopes of what goes into it, and the metric of `LocalModel`.
+def linearise(
+    batches: BlockBatches, slopes: list[list[Tensor]]
+) -> tuple[list[Tensor], list[list[Tensor]], tuple[list[Tensor], Tensor]]:
+    """A block as it is: its outputs, the slopes of what goes into it, and the curvature that `LocalModel` takes.
 
     Args:
         slopes: for each batch, gradients with respect to the block's outputs, of the KL and of the label's loss.
     Returns:
-        outputs (float32) and slopes of the inputs for each batch, the metric.
+        outputs (float32) and slopes of the inputs for each batch, the curvature.
     """
-    outputs, handed, num_tokens = [], [], 0
+    outputs, handed, weights, num_tokens = [], [], [], 0
     metric: Tensor | None = None
     with batches.looking():
         for number, (of_divergence, of_label) in enumerate(slopes):
@@ -63,8 +76,9 @@ def linearise(batches: BlockBatches, slopes: list[list[Tensor]]) -> tuple[list[T
             own = torch.autograd.grad(output, state, first, retain_graph=True)[0], torch.autograd.grad(output, state, second)[0]
             handed.append([gradient.to(of_divergence.device) for gradient in own])
             outputs.append(output.detach().to(of_divergence.device))
-            rows = (second * sizes_of(output.detach())).flatten(0, -2)
+            weights.append((second * sizes_of(output.detach())).square().sum(-1).to(of_divergence.device))
+            rows = torch.nn.functional.normalize(second, dim=-1, eps=SMALLEST).flatten(0, -2)
             metric = rows.T @ rows if metric is None else metric + rows.T @ rows
             num_tokens += len(rows)
     assert metric is not None
-    return outputs, handed, metric / num_tokens
+    return outputs, handed, (weights, metric / num_tokens)

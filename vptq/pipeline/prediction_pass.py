@@ -68,14 +68,14 @@ class PredictionPass(BlockPass):
         for block in reversed(range(self.settings.num_blocks)):
             _, items, unpacked = self.load(block)
             batches = self.batches(block, ours, kept.pop(), unpacked)
-            outputs, handed, metric = linearise(batches, slopes)
+            outputs, handed, curvature = linearise(batches, slopes)
             for tokens in self.settings.batches:
                 self.advance(block, tokens)
                 self.advance(block, tokens)
                 self.advance(block, tokens)
             if items:
                 firsts = [pair[0] for pair in slopes]
-                make = functools.partial(LocalModel, batches, outputs, firsts, self.damping * metric, start)
+                make = functools.partial(LocalModel, batches, outputs, firsts, curvature, self.damping, start)
                 values, histories[str(block)] = self.train(block, items, make)
                 changed |= values
                 del firsts, make
