@@ -7,8 +7,6 @@ from torch import Tensor
 
 from vptq.finetune.blockwise import BlockBatches, BlockLoss
 
-SMALLEST = 1e-30  # of a slope's length: a token that nothing follows has none
-
 
 class LocalModel(BlockLoss):
     """KL(original ‖ packed) as far as one block's outputs change it, to second order about the model as it is.
@@ -50,9 +48,9 @@ class LocalModel(BlockLoss):
         return sum(self.start[number] for number in numbers) / len(numbers) + (first + 0.5 * self.damping * second).mean()
 
 
-def sizes_of(outputs: Tensor) -> Tensor:
-    """|y| of every token: (..., hidden_size) -> (..., 1), never nought."""
-    return outputs.norm(dim=-1, keepdim=True).clamp_min(1e-10)
+def sizes_of(vectors: Tensor) -> Tensor:
+    """Of a vector for every token: (..., hidden_size) -> (..., 1), never nought, as a token's slope is that nothing follows."""
+    return vectors.norm(dim=-1, keepdim=True).clamp_min(1e-10)
 
 
 def linearise(
@@ -76,8 +74,9 @@ def linearise(
             own = torch.autograd.grad(output, state, first, retain_graph=True)[0], torch.autograd.grad(output, state, second)[0]
             handed.append([gradient.to(of_divergence.device) for gradient in own])
             outputs.append(output.detach().to(of_divergence.device))
-            weights.append((second * sizes_of(output.detach())).square().sum(-1).to(of_divergence.device))
-            rows = torch.nn.functional.normalize(second, dim=-1, eps=SMALLEST).flatten(0, -2)
+            length = sizes_of(second)
+            weights.append((length * sizes_of(output.detach())).square()[..., 0].to(of_divergence.device))
+            rows = (second / length).flatten(0, -2)
             metric = rows.T @ rows if metric is None else metric + rows.T @ rows
             num_tokens += len(rows)
     assert metric is not None
