@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from tests.pipeline.test_finetune import Stop, changed_names
 from tests.pipeline.test_run import config_of
 from vptq.checkpoint.reader import load_whole
 from vptq.errors import UsageError
+from vptq.finetune.fit import Schedule
 from vptq.finetune.local_model import LocalModel
-from vptq.finetune.trainable import trainables
+from vptq.finetune.trainable import Trainable, trainables
 from vptq.pipeline import tune_blocks
 from vptq.pipeline.block_pass import BlockPass, PassSettings
 from vptq.pipeline.finetune import finetune_model
@@ -133,14 +135,45 @@ def test_steps_of_a_pass(wishes):
     assert steps["2 predictions: 1"] == [(n, True) for n in range(4)]
 
 
-def test_damping_follows_how_well_a_pass_did(wishes, monkeypatch):
+class Valley:
+    """A loss that is least at a place."""
+
+    def __init__(self, parameter, place):
+        self.parameter, self.place = parameter, place
+
+    def held_out(self):
+        return (self.parameter - self.place).square().sum().item()
+
+    def train(self, step):
+        loss = (self.parameter - self.place).square().sum()
+        loss.backward()
+        return loss.item()
+
+
+@pytest.mark.parametrize(
+    "place, rates, end", [(0.5, [], 0.5), (0.05, [0.5, 0.125], 0.03125), (0.001, [0.5, 0.125, 0.0312], 0.0)]
+)
+def test_a_block_that_gains_nothing_is_tried_with_smaller_steps(place, rates, end):
+    told, logged = [], []
+    one = PredictionPass.__new__(PredictionPass)
+    one.settings = SimpleNamespace(told=lambda _, units: told.append(units), job=SimpleNamespace(log=logged.append))
+    one.name, one.schedule = "2 predictions", Schedule(1, 0.5, 0, 0.0, eval_every=1, patience=4)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    fit = one._fit(3, [Trainable("a", parameter, "scales", torch.float32, 1.0)], Valley(parameter, place), 7.0)
+    assert parameter.item() == pytest.approx(end) and fit.best_values["a"].item() == pytest.approx(end)
+    assert logged == [f"2 predictions, block 3: nothing gained at learning rate {rate:.3g}" for rate in rates]
+    assert sum(told) == 7.0, "what is done once more is not told twice"
+
+
+@pytest.mark.parametrize("part, factor", [(1.0, 0.75), (0.75, 1.0), (0.375, 2.0), (0.125, 6.0), (0.0, 6.0)])
+def test_damping_aims_at_most_of_the_way(part, factor, wishes, monkeypatch):
     asked = []
     real = PredictionPass.__init__
     monkeypatch.setattr(PredictionPass, "__init__", lambda self, *args: asked.append(args[-1]) or real(self, *args))
-    found = lambda pair, changed, rest, told, before, parts: (dict(before), dict.fromkeys(parts, 1.0) | {0.25: 0.5})  # noqa: E731
+    found = lambda pair, changed, rest, told, before, parts: (dict(before), dict.fromkeys(parts, 1.0) | {part: 0.5})  # noqa: E731
     monkeypatch.setattr(tune_blocks, "best_part", found)
     finetune_model(wishes(mode="block", passes=("predictions", "predictions")))
-    assert asked == pytest.approx([1.4, 4.2])
+    assert asked == pytest.approx([1.4, 1.4 * factor])
 
 
 def test_a_way_that_leads_too_far_is_not_taken(wishes, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from vptq.pipeline.tune_models import Pair
 
 Told = Callable[[str, float], None]  # what is under way, and units that are new: tokens that went forward through a block
 History = list[dict[str, Any]]
+SLOWER = (1.0, 0.25, 0.0625)  # learning rates that a block is tried with, one after the other, until it gains
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,7 @@ class BlockPass:
             load_values(items, kept[0])
             told(self._phase(block), each * self.schedule.steps)
             return kept
-        loss = make_loss()
-        fit = Fit(items, self.schedule, loss.train, loss.held_out)
-        fit.run(lambda _: told(self._phase(block), each))
-        told(self._phase(block), (self.schedule.steps - fit.step) * each)
+        fit = self._fit(block, items, make_loss(), each)
         line = f"{self._phase(block)}: {fit.first:.4g} -> {fit.best:.4g} at step {fit.best_step} of {fit.step}"
         job.log(line + (f"; {fit.stopped}" if fit.stopped else ""))
         if "diverged" in fit.stopped:
@@ -135,6 +134,20 @@ class BlockPass:
         values = {name: tensor.cpu() for name, tensor in fit.best_values.items()}
         job.save_tensors(self._file(block), values, fit.history)
         return values, fit.history
+
+    def _fit(self, block: int, items: list[Trainable], loss: BlockLoss, each: float) -> Fit:
+        """One training; with smaller steps once more where it gained nothing. each: what `told` is told of a step."""
+        told, phase, fits = self.settings.told, self._phase(block), list[Fit]()
+        for slower in SLOWER:
+            schedule = replace(self.schedule, learning_rate=slower * self.schedule.learning_rate)
+            fits.append(Fit(items, schedule, loss.train, loss.held_out))
+            new = 0.0 if fits[1:] else each
+            fits[-1].run(functools.partial(lambda new, _: told(phase, new), new))
+            if fits[-1].best_step:
+                break
+            self.settings.job.log(f"{phase}: nothing gained at learning rate {schedule.learning_rate:.3g}")
+        told(phase, (self.schedule.steps - fits[0].step) * each)
+        return fits[-1]
 
     def advance(self, block: int, tokens: Tensor) -> None:
         """Tell that a batch went through a block."""

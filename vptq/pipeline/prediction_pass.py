@@ -51,7 +51,7 @@ class PredictionPass(BlockPass):
     """From the last block to the first."""
 
     share = 1 / 3  # the local model is good for a short way only
-    parts = (0.0, 0.25, 0.5, 1.0)
+    parts = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
     once = 5.0  # the original forward, the packed one forward, and forward and twice backward
 
     def run(self) -> tuple[dict[str, Tensor], dict[str, History]]:

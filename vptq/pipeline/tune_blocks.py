@@ -18,7 +18,8 @@ from vptq.recipe import BlockPassKind
 
 PASSES: dict[str, type[BlockPass]] = {"outputs": OutputPass, "predictions": PredictionPass}
 COUPLING = 0.4  # of a block with each other one: how much of their outputs' changes adds up
-DAMPING = {1.0: 0.7, 0.5: 1.5, 0.25: 3.0, 0.0: 6.0}  # what it is multiplied by, after the part of the way that was best
+BEST_PART = 0.75  # of the way that damping aims at
+LEAST_PART = 0.125  # that tells anything of it
 
 
 class BlockTuning:
@@ -65,7 +66,7 @@ class BlockTuning:
         changed, found = one.run()
         values, part = self._checked(one, changed)
         if kind == "predictions":
-            self.damping *= DAMPING[part]
+            self.damping *= BEST_PART / max(part, LEAST_PART)
         histories = {f"{name}: {block}": history for block, history in found.items()}
         numbers = {"held_out": self.held_out, "damping": self.damping, "histories": histories}
         job.save_tensors(name, values, numbers)

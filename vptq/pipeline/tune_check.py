@@ -56,17 +56,21 @@ def best_part(
     windows = held_out.contiguous()
     original = BlockRunner(pair.original, pair.original.source(), pair.device, pair.dtype)
     wanted = last_states(original, windows)
-    found, ways = {}, {part: _on_the_way(pair, before, changed, part) for part in parts}
-    for part, values in ways.items():
+    found: dict[float, float] = {}
+    best: dict[str, Tensor] = {}
+    for part in parts:
+        values = _on_the_way(pair, before, changed, part)
         try:
             found[part] = _divergence_of(pair, original, wanted, windows, values)
         except NumericalError:  # too far
             if part == 0:
                 raise
             found[part] = math.inf
+        if min(found, key=lambda part: found[part]) == part:
+            best = values
         told()
     original.unload()
-    return ways[min(found, key=lambda part: found[part])], found
+    return best, found
 
 
 def _divergence_of(pair: Pair, original: BlockRunner, wanted: Tensor, windows: Tensor, values: Mapping[str, Tensor]) -> float:
