@@ -114,6 +114,12 @@ class FinetuneConfig:
         ROUND_STEPS, "training", "with --train indices: steps that weights which are still float train after each part"
     )
     round_rate: float = option(ROUND_RATE, "training", "with --train indices: highest learning rate of these steps")
+    noise: float = option(
+        0.0,
+        "training",
+        "with --train indices: noise on weights that are float yet, as a part of the given checkpoint's error, so that they "
+        "learn to bear it",
+    )
     warmup_frac: float = option(0.05, "training", "part of the steps over which the rate rises; then it falls as a cosine")
     weight_decay: float = option(0.0, "training", "of AdamW")
     batch_size: int | None = option(None, "training", "sequences a step (default: 16)")
@@ -239,10 +245,11 @@ class FinetuneConfig:
 
     def _check_rounds(self, check: Checker) -> None:
         check(self.mode != "block" or not self.new_indices, "train indices goes with mode e2e")
-        for name in ("rounds", "round_steps", "round_rate"):
+        for name in ("rounds", "round_steps", "round_rate", "noise"):
             value = getattr(self, name)
             check(self.new_indices or value == _default_of(name), f"{name} goes with train indices")
-            check(value is None or value > 0, f"{name} is {value}, must be over 0")
+            check(value is None or value > 0 or name == "noise", f"{name} is {value}, must be over 0")
+        check(self.noise >= 0, f"noise is {self.noise}, must be 0 or more")
         check(self.round_rate <= 1, f"round_rate is {self.round_rate}, must be at most 1")
         for name in ("steps", "learning_rate", "eval_every", "patience", "warmup_frac"):
             told = getattr(self, name) != _default_of(name)

@@ -104,6 +104,7 @@ INSIDE = {  # order of files within a room, from the street up
         "unpacked",
         "fit",
         "distill",
+        "noise",
         "incremental",
         "blockwise",
         "local_model",

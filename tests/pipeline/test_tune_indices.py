@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -17,7 +18,8 @@ from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
 from vptq.errors import UsageError
 from vptq.finetune import incremental
 from vptq.finetune.distill import Distillation
-from vptq.finetune.incremental import Incremental
+from vptq.finetune.incremental import HELD_OUT_DRAW, Incremental
+from vptq.finetune.noise import ErrorNoise
 from vptq.finetune_config import FinetuneConfig
 from vptq.models.architecture import DEMO
 from vptq.pipeline import tune_indices
@@ -210,16 +212,16 @@ def test_what_was_added_before_is_neutral_after(wishes, any_gain):
 
 def test_a_stopped_run_goes_on(wishes, any_gain, monkeypatch):
     monkeypatch.setattr(tune_indices, "SAVE_SECONDS", 0.0)
-    whole = finetune_model(indices_only(wishes, "trellis"))
+    whole = finetune_model(indices_only(wishes, "trellis", noise=1.0))
     real = Incremental._train
 
     def fail(self, *args):
-        if self.done == 2:
+        if self.done == 3:
             raise KeyboardInterrupt
         real(self, *args)
 
     monkeypatch.setattr(Incremental, "_train", fail)
-    config = indices_only(wishes, "trellis")
+    config = indices_only(wishes, "trellis", noise=1.0)
     with pytest.raises(KeyboardInterrupt):
         finetune_model(replace(config, output_dir=f"{config.output_dir}/stopped"))
     monkeypatch.setattr(Incremental, "_train", real)
@@ -233,9 +235,43 @@ def test_a_stopped_run_goes_on(wishes, any_gain, monkeypatch):
     assert again.held_out == whole.held_out
 
 
+def test_what_is_float_has_noise_while_it_trains_and_at_every_look(wishes, any_gain):
+    """The loss of what is held out counts what is not quantized yet; it falls, and at the end it is that of no noise."""
+    last = {}
+    for noise in (0.0, 1.0):
+        settings = {"rounds": 2, "round_steps": 40, "round_rate": 1e-3, "noise": noise}
+        result = finetune_model(indices_only(wishes, "trellis", **settings))
+        entries = json.loads((result.folder / "curves.json").read_text())["curves"]["indices"]
+        looks = [entry["held_out"] for entry in entries if "held_out" in entry]
+        last[noise] = looks
+        assert len(looks) == 4 and looks[3] == result.held_out[1]
+        assert looks[1] < 0.97 * looks[0]
+    assert last[1.0][0] > 1.3 * last[0.0][0]
+
+
+def test_draws_are_of_steps_and_one_for_all_looks(wishes, any_gain, monkeypatch):
+    made, draws = [], []
+    real, added = ErrorNoise.__init__, ErrorNoise.added
+    monkeypatch.setattr(ErrorNoise, "__init__", lambda self, *args: made.append(args) or real(self, *args))
+    monkeypatch.setattr(ErrorNoise, "added", lambda self, *args: draws.append((args[1], len(args[0]))) or added(self, *args))
+    finetune_model(indices_only(wishes, "trellis", noise=0.5, rounds=2))
+    first, look = 7, HELD_OUT_DRAW
+    assert draws == [(look, first), (0, first), (1, first), (look, first), (look, 0), (2, 0), (3, 0), (look, 0)]
+    weights, errors, shrinkage, _, seed = made[0]
+    assert seed == 0 and set(shrinkage) == set(weights) == set(errors) and len(weights) == 14
+    assert all(0 < value < 0.5 for value in shrinkage.values())
+    finetune_model(indices_only(wishes, "trellis", noise=1.0, rounds=2, seed=1))
+    _, twice, _, _, seed = made[1]
+    name = "model.layers.0.mlp.up_proj"
+    torch.testing.assert_close(twice[name].float(), 2 * errors[name].float(), rtol=1e-2, atol=1e-5)
+    assert seed == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"mode": "e2e", "noise": 0.5}, "noise goes with train indices"),
+        ({"mode": "e2e", "train": ("indices",), "noise": -1.0}, "noise is -1.0, must be 0 or more"),
         ({"mode": "block", "train": ("indices",)}, "train indices goes with mode e2e"),
         ({"mode": "e2e", "rounds": 4}, "rounds goes with train indices"),
         ({"mode": "e2e", "train": ("indices",), "round_steps": 0}, "round_steps is 0"),

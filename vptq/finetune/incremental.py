@@ -2,7 +2,8 @@
 
 Quantized all at once, every linear keeps its error. Here a run of linears is quantized, with Hessians of the model as it is by
 then, and stays; then the weights of all later linears, and the norms, train for some steps towards the original's predictions;
-then the next run follows (incremental network quantization, arXiv:1702.03044, there for single weights).
+then the next run follows (incremental network quantization, arXiv:1702.03044, there for single weights). What is float trains
+under noise (`finetune.noise`), so that it learns to bear what will become of it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from vptq.checkpoint.names import to_tensors
 from vptq.config import LinearConfig
 from vptq.finetune.distill import Distillation
 from vptq.finetune.fit import Fit, Schedule
+from vptq.finetune.noise import ErrorNoise
 from vptq.finetune.trainable import Trainable, float_trainables
 from vptq.geometry import Geometry
 from vptq.layer_config import LayerConfig
@@ -29,6 +31,7 @@ from vptq.quantize.linear import LinearInput, in_batches, quantize_linears
 from vptq.quantize.result import Codebook, QuantizedWeight
 
 HESSIAN_TOKENS = 1 << 17  # that Hessians are summed over
+HELD_OUT_DRAW = 1 << 40  # number of the noise that what is held out sees, always the same
 
 
 def parts_of(linears: Sequence[tuple[str, int]], count: int) -> list[tuple[str, ...]]:
@@ -74,6 +77,7 @@ class Incremental:
         forms: of each linear. codebooks: given ones, by the linear that stores them. dtype: float type of the checkpoint.
         distillation: gives the loss of the model. schedule: of the training after each part.
         batches: of tokens, (sequences, seq_len) int64 each, that Hessians are summed over.
+        noise: on weights that are float yet, in training and on what is held out; None for none.
     Attributes:
         tensors: of the quantized linears, as they are stored, by full name. history: of the training, steps counted on.
         done: parts that are quantized and trained after. loss, quantized_loss: what is held out has after the last part, and
@@ -90,9 +94,10 @@ class Incremental:
         distillation: Distillation,
         schedule: Schedule,
         batches: Sequence[Tensor],
+        noise: ErrorNoise | None = None,
     ) -> None:
         self.model, self.parts, self.forms, self.codebooks, self.dtype = model, parts, forms, codebooks, dtype
-        self.distillation, self.schedule, self.batches = distillation, schedule, batches
+        self.distillation, self.schedule, self.batches, self.noise = distillation, schedule, batches, noise
         self.tensors: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
         self.done, self.stopped = 0, ""
@@ -105,15 +110,17 @@ class Incremental:
             began = time.perf_counter()
             told("quantizing")
             self._quantize(self.parts[self.done])
-            self._train(told, time.perf_counter() - began)
             self.done += 1
+            self._train(told, time.perf_counter() - began)
             after(self)
 
     def items(self) -> list[Trainable]:
         """What learns: weights of linears that are float yet, norms, biases."""
-        left = {name for part in self.parts for name in part} - {key.rpartition(".")[0] for key in self.tensors}
-        names = {name for part in self.parts for name in part}
-        return float_trainables(self.model, left, names, self.dtype)
+        return float_trainables(self.model, set(self._left()), {name for part in self.parts for name in part}, self.dtype)
+
+    def _left(self) -> list[str]:
+        """The linears that are float yet."""
+        return [name for part in self.parts[self.done :] for name in part]
 
     def _quantize(self, part: tuple[str, ...]) -> None:
         linears = {name: self.model.get_submodule(name) for name in part}
@@ -165,8 +172,9 @@ class Incremental:
         """seconds: what quantizing took."""
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
-        first = self.done * self.schedule.steps
-        fit = Fit(self.items(), self.schedule, lambda step: self.distillation.train(first + step), self.distillation.held_out)
+        first = (self.done - 1) * self.schedule.steps
+        train, held_out = self._noisy(self.distillation.train), self._noisy(lambda _: self.distillation.held_out())
+        fit = Fit(self.items(), self.schedule, lambda step: train(first + step), lambda: held_out(HELD_OUT_DRAW))
         fit.run(lambda _: told("training what is float"))
         for _ in range(self.schedule.steps - fit.step):
             told("training what is float")
@@ -175,6 +183,19 @@ class Incremental:
         for entry in fit.history:
             self.history.append(entry | {"step": entry["step"] + first, "seconds": self._seconds + entry.get("seconds", 0.0)})
         self._seconds = self.history[-1]["seconds"]
+
+    def _noisy(self, loss: Callable[[int], float]) -> Callable[[int], float]:
+        """A loss with noise on what is float yet; the number that it is given is the draw's too."""
+        noise = self.noise
+        if noise is None:
+            return loss
+        left = {name: self.model.get_submodule(name) for name in self._left()}
+
+        def noisy(number: int) -> float:
+            with noise.added(left, number):
+                return loss(number)
+
+        return noisy
 
     # -- to go on later -------------------------------------------------------------------------------------------------
 

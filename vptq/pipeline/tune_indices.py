@@ -18,12 +18,14 @@ from vptq.checkpoint.writer import is_whole, write_changed
 from vptq.errors import UsageError
 from vptq.finetune.fit import Schedule
 from vptq.finetune.incremental import HESSIAN_TOKENS, Codebooks, Form, Incremental, parts_of
+from vptq.finetune.noise import ErrorNoise, measure_shrinkage
 from vptq.geometry import plan_geometry
 from vptq.layer_config import LayerConfig
 from vptq.models.architecture import Skeleton, load_skeleton
 from vptq.models.remote import mirror_of
 from vptq.models.stream import TensorSource
 from vptq.nn.operands import stored_centroids
+from vptq.nn.reference import dequantize_packed
 from vptq.pipeline.block_pass import unpacked_in
 from vptq.pipeline.fold import find_fold, open_folder
 from vptq.pipeline.tune_models import Pair
@@ -31,6 +33,7 @@ from vptq.pipeline.tune_whole import WholeModel, compute_blocks_twice
 from vptq.quantize.codebook import store_codebook
 
 STATE, FOLDER, FOUND = "indices", "indices", "indices-found"
+SHRINKAGE_TOKENS = 1 << 15  # that it is measured on
 SAVE_SECONDS = 120.0  # between two states that a stopped run goes on from
 
 
@@ -170,7 +173,10 @@ class IndexTuning(WholeModel):
         self.told(phase, self._hessian_units() if phase == "quantizing" else self._step_units())
 
     def _after_part(self, work: Incremental) -> None:
-        self.job.log(f"part {work.done} of {len(self.parts)}: held-out loss {work.quantized_loss:.4f} -> {work.loss:.4f}")
+        noise = ", noise on what is float" if work.noise and work.done < len(self.parts) else ""
+        self.job.log(
+            f"part {work.done} of {len(self.parts)}: held-out loss {work.quantized_loss:.4f} -> {work.loss:.4f}{noise}"
+        )
         if work.stopped:
             less = "its best values are kept. A lower --round_rate may help"
             self.note(f"warning: training after part {work.done} {work.stopped}; {less}")
@@ -189,7 +195,23 @@ class IndexTuning(WholeModel):
         pair, model = self.pair, self._float_model()
         codebooks = {owner: self._codebooks(owner) for owner in {form.shared for form in self.forms.values()} if owner}
         parts = model, self.parts, self.forms, codebooks, pair.packed.dtype, self.distillation(model)
-        return Incremental(*parts, self._schedule(), self._batches())
+        noise = self._noise(model) if self.config.noise else None
+        return Incremental(*parts, self._schedule(), self._batches(), noise)
+
+    def _noise(self, model: Any) -> ErrorNoise:
+        """Errors of the packed checkpoint, as large as is asked for."""
+        weights = {name: model.get_parameter(f"{name}.weight").detach() for name in self.forms}
+        packed = functools.partial(packed_tensors, self.pair.packed_source)
+        errors = {}
+        for name, form in self.forms.items():
+            stored = {key: tensor.to(self.pair.device) for key, tensor in packed(name, form.layer).items()}
+            error = dequantize_packed(stored, form.layer, torch.float32).sub_(weights[name]).mul_(self.config.noise)
+            errors[name] = error.to(torch.bfloat16)
+        linears = {name: model.get_submodule(name) for name in self.forms}
+        tokens = self.tokens[: max(1, SHRINKAGE_TOKENS // self.tokens.shape[1])].split(self.config.at_once)
+        shrinkage = measure_shrinkage(model.base_model, linears, errors, tokens)
+        groups = {name: form.layer.row_groups for name, form in self.forms.items()}
+        return ErrorNoise(weights, errors, shrinkage, groups, self.config.seed)
 
     def _float_model(self) -> nn.Module:
         """The original in float32, rotated where the packed one is, with what is not in the blocks from that."""
