@@ -2,8 +2,8 @@
 
 Quantized all at once, every linear keeps its error. Here a run of linears is quantized, with Hessians of the model as it is by
 then, and stays; then the weights of all later linears, and the norms, train for some steps towards the original's predictions;
-then the next run follows (incremental network quantization, arXiv:1702.03044, there for single weights). What is float trains
-under noise (`finetune.noise`), so that it learns to bear what will become of it.
+then the next run follows (incremental network quantization, arXiv:1702.03044, there for single weights). What is float
+can train under noise (`finetune.noise`), so that it learns to bear what will become of it.
 """
 
 from __future__ import annotations
