@@ -201,6 +201,7 @@ def test_missing_tensor_is_refused_not_guessed(plain, tmp_path, road):
         load(folder)
 
 
+@pytest.mark.ci
 def test_import_order_does_not_matter(plain):
     """vptq imported before or after transformers, in a process of its own."""
     for first, second in (("vptq", "transformers"), ("transformers", "vptq")):

@@ -125,6 +125,7 @@ def put(value, path, new, drop):
 
 @fuzzed
 @given(data=st.data())
+@pytest.mark.ci
 def test_files_cut_or_with_other_bytes(packed, data):
     with copied(packed) as folder:
         path = folder / "model.safetensors"

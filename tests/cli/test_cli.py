@@ -327,6 +327,7 @@ def test_table_8_gives_the_bits_in_its_name(capsys):
 
 
 @pytest.mark.parametrize("example", ["example_3bit", pytest.param("example_2.24bit", marks=pytest.mark.slow)])
+@pytest.mark.ci
 def test_published_examples_run_on_the_demo_model(capsys, example, tmp_path):
     path = next(p for p in CONFIGS if p.stem == example)
     words = ["quantize", "--config", path, "--output_dir", tmp_path, "--nsamples", "8", "--kiter", "2", "--eval_nsamples", "4"]

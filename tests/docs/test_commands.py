@@ -85,7 +85,6 @@ def test_there_are_commands():
     assert len(ALL) > 20 and {page for page, _ in ALL} == set(PAGES)
 
 
-@pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.parametrize("page, line", ALL, ids=lambda value: re.sub(r"\W+", "-", value)[:60])
 def test_it_runs(page, line, there, tmp_path, monkeypatch, capsys):

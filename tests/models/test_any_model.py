@@ -49,6 +49,7 @@ def own_model(folder):
     return _class_of(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32).eval()
 
 
+@pytest.mark.ci
 def test_weights_are_read_as_transformers_reads_them(run):
     _, folder, _ = run
     assert torch.allclose(logits(load_whole(str(folder), "cpu")), logits(own_model(folder)), atol=1e-5)

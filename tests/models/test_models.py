@@ -229,6 +229,7 @@ def test_header_sizes_equal_the_tensors(tiny_llama):
         assert entries[name].num_bytes == tensor.numel() * tensor.element_size()
 
 
+@pytest.mark.ci
 def test_demo_model_is_small_and_has_learnt():
     skeleton = load_skeleton(DEMO)
     parameters = sum(p.numel() for n, p in skeleton.model.named_parameters() if n != "lm_head.weight")

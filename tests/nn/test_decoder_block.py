@@ -143,6 +143,7 @@ MIXED = ["outliers", "v6k4096", "v6k4096", None, "v8k4096", "residual", None]
 @pytest.mark.parametrize(
     "name, settings", [("llama", ["v6k4096"] * 7), ("qwen2", ROTATED), ("qwen3", MIXED)], ids=["llama", "qwen2", "qwen3"]
 )
+@pytest.mark.ci
 def test_blocks_run_on_a_cpu(name, settings, generator, emulated):
     check_block(name, settings, torch.device("cpu"), generator)
 

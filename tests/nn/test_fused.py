@@ -138,6 +138,7 @@ EMULATED = [
 
 
 @pytest.mark.parametrize("setting", [s if s in EMULATED else pytest.param(s, marks=pytest.mark.slow) for s in SETTINGS])
+@pytest.mark.ci
 def test_cuda_sources_run_on_a_cpu(setting, generator, emulated):
     """Odd sizes on three processors: several turns, several steps, some of them empty."""
     shape, dtype = ((352, 224), torch.bfloat16) if "rotation" in SETTINGS[setting] else ((76, 1100), torch.float16)

@@ -84,6 +84,7 @@ def test_error_is_no_more_than_that_of_torch_in_the_same_type(generator, case, c
 
 @ALL_CASES
 @pytest.mark.parametrize("count", [2, 20])
+@pytest.mark.ci
 def test_compiled_and_exported_alike(generator, case, count):
     _, layer, tensors = packed(case, generator, dtype=torch.float32)
     module = module_of(layer, tensors, dtype=torch.float32)

@@ -28,6 +28,7 @@ from vptq.pipeline.tune_models import Pair
 
 @pytest.mark.parametrize("kind", ["plain", "folded"])
 @pytest.mark.parametrize("unpack", [False, True])
+@pytest.mark.ci
 def test_slopes_of_the_blocks_are_those_of_the_whole_model(kind, unpack, wishes, originals, checkpoints, tmp_path, monkeypatch):
     """The gradient of each block's local model is that of KL(original || packed) end to end."""
     config = wishes(kind, mode="block", unpack=unpack).resolved(1000, 128)
@@ -83,6 +84,7 @@ def test_each_pass_goes_on_from_the_last(wishes, checkpoints):
 @pytest.mark.parametrize(
     "phase, count", [("1 outputs, block 1", 2), ("2 predictions, block 0", 11), ("3 predictions, block 1", 2)]
 )
+@pytest.mark.ci
 def test_a_stopped_pass_goes_on(phase, count, wishes):
     whole = finetune_model(wishes(mode="block"))
     stop = Stop(phase, count)

@@ -39,6 +39,7 @@ def logits_of(folder):
 
 @pytest.mark.parametrize("asked", [{"embed_bits": 4}, {"head_bits": 6}, {"head_bits": 8, "embed_bits": 3}])
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.ci
 def test_every_road_gives_the_same_logits(asked, tied, tiny_llama, untied, text_file, tmp_path):
     if tied and len(asked) == 2:
         pytest.skip("one matrix has one size")

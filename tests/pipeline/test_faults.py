@@ -29,7 +29,7 @@ SEED = int(os.environ.get("VPTQ_TEST_SEED", time.time_ns() % 10**6))
 
 def numbered(ordinary):
     """Ten moments; in the ordinary suite only the first ones."""
-    return [pytest.param(n, marks=[pytest.mark.slow, pytest.mark.ci] if n >= ordinary else []) for n in range(10)]
+    return [pytest.param(n, marks=[pytest.mark.ci] if n >= ordinary else []) for n in range(10)]
 
 
 @pytest.fixture
@@ -78,6 +78,7 @@ def test_a_killed_worker_costs_only_what_it_was_at(moment, timed_run, tiny_llama
     assert packed_bytes(result.folder) == packed_bytes(folder)
 
 
+@pytest.mark.ci
 def test_all_workers_killed_at_work(timed_run, tiny_llama, tmp_path):
     class KillAll(Notes):
         quantized = 0
@@ -121,6 +122,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(moment, timed_run, tiny_llama
     assert packed_bytes(run.parent) == packed_bytes(folder)
 
 
+@pytest.mark.ci
 def test_lost_linears_are_named_and_the_others_kept(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "_start_process", start_to_die)
     with pytest.raises(RunError, match=r"layers\.0\.mlp\.down_proj: worker . was killed(.|\n)*--resume") as error:
@@ -175,6 +177,7 @@ def start_to_fail(kind, *given):
         pytest.param(2, "read-only", "can't be written", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.ci
 def test_a_disk_that_takes_no_more_is_told_and_nothing_is_lost(
     num_gpus, kind, message, timed_run, tiny_llama, tmp_path, monkeypatch
 ):
@@ -190,6 +193,7 @@ def test_a_disk_that_takes_no_more_is_told_and_nothing_is_lost(
     assert packed_bytes(result.folder) == packed_bytes(timed_run[0])
 
 
+@pytest.mark.ci
 def test_memory_that_runs_out_while_calibrating_is_tried_again_with_less_on_the_gpu(
     timed_run, tiny_llama, tmp_path, monkeypatch
 ):

@@ -23,6 +23,7 @@ from vptq.evaluation.divergence import compare, last_states
 from vptq.finetune.additions import with_additions
 from vptq.finetune_config import FinetuneConfig
 from vptq.models.architecture import load_skeleton
+from vptq.pipeline import block_pass
 from vptq.pipeline.evaluate import make_runner
 from vptq.pipeline.finetune import finetune_model
 from vptq.pipeline.fold import find_fold
@@ -256,7 +257,8 @@ def test_no_learning_changes_nothing(wishes, checkpoints):
 
 
 @pytest.mark.parametrize("mode", ["block", "e2e"])
-def test_a_rate_that_diverges_is_told_and_the_best_is_kept(mode, wishes, checkpoints):
+def test_a_rate_that_diverges_is_told_and_the_best_is_kept(mode, wishes, checkpoints, monkeypatch):
+    monkeypatch.setattr(block_pass, "SLOWER", (1.0,))
     notes = []
     progress = Silent()
     progress.note = notes.append
@@ -502,6 +504,7 @@ def test_folds_are_found(originals, checkpoints):
         assert (found is not None) == folded, kind
 
 
+@pytest.mark.ci
 def test_quantize_and_tune_in_one_run(tiny_llama, text_file, tmp_path):
     config = config_of(tiny_llama, text_file, tmp_path, finetune="block", nsamples=6)
     stop = Stop("1 outputs, block 1", 3)
@@ -537,7 +540,6 @@ def tune_demo(demo, output, **changes):
     return finetune_model(FinetuneConfig(model_name=str(demo), output_dir=str(output), device="cpu", **settings | changes))
 
 
-@pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.parametrize("mode", ["block", "e2e"])
 def test_the_demo_model_comes_closer_to_its_original(mode, demo, tmp_path):
@@ -550,7 +552,6 @@ def test_the_demo_model_comes_closer_to_its_original(mode, demo, tmp_path):
     reload_alike(result.folder / "packed_model")
 
 
-@pytest.mark.slow
 @pytest.mark.ci
 def test_two_processes_train_the_demo_model(demo, tmp_path):
     """The first measures what takes long, and is not cut off by the other's end."""

@@ -70,6 +70,7 @@ def test_folded_and_unfolded_are_as_good(untied, text_file, tmp_path):
     assert errors[None] == pytest.approx(errors[False], rel=0.15)
 
 
+@pytest.mark.ci
 def test_workers_fold_as_well(untied, text_file, tmp_path):
     one = quantize_model(config_of(untied, text_file, tmp_path / "one", **SHARED))
     two = quantize_model(config_of(untied, text_file, tmp_path / "two", num_gpus=2, **SHARED))

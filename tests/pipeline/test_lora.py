@@ -149,6 +149,7 @@ def wishes(packed, tiny_llama, text_file, tmp_path):
     return make
 
 
+@pytest.mark.ci
 def test_a_run_trains_saves_and_is_read_in_a_new_process(wishes, packed, tmp_path):
     result = finetune_model(wishes(save_model=True))
     assert result.held_out[1] < result.held_out[0]
@@ -207,6 +208,7 @@ def test_a_rate_that_diverges_is_told_and_nothing_worse_is_kept(wishes, packed, 
 
 
 @pytest.mark.parametrize("steps, patience", [(7, 4), (30, 1)])
+@pytest.mark.ci
 def test_a_run_stopped_after_its_training_trains_no_more(steps, patience, wishes):
     changes = {"steps": steps, "eval_every": 2, "patience": patience, "learning_rate": 0.05}
     whole = finetune_model(wishes(**changes))
@@ -248,7 +250,6 @@ def test_a_damaged_adapter_folder_is_no_concern_of_the_checkpoint(packed, tmp_pa
         peft.PeftModel.from_pretrained(load_quantized(packed, dtype=torch.float32), tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.ci
 def test_adapters_learn_on_the_demo_model(tmp_path):
     from vptq.config import CalibrationConfig, LinearConfig, QuantConfig

@@ -169,6 +169,7 @@ def test_faults_are_raised_here(pool, what, kind, text):
 
 
 @pytest.mark.parametrize("first, then", [(warm_and_die, start), (warm, start_and_die)])
+@pytest.mark.ci
 def test_workers_that_never_start_end_the_run(first, then):
     pool = WorkerPool(2, ProcessCrew(first, then))
     pool.begin()

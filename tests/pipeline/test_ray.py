@@ -56,6 +56,7 @@ class RemoveNode(Silent):
     "cpus",
     [pytest.param((1, 1), id="no room for another"), pytest.param((2, 1), id="room for another", marks=pytest.mark.slow)],
 )
+@pytest.mark.ci
 def test_a_node_that_goes_away_costs_only_what_it_was_at(cpus, demo_run, tmp_path, monkeypatch):
     with cluster_of(cpus, monkeypatch) as (cluster, node):
         monkeypatch.chdir(tmp_path)  # where actors are not

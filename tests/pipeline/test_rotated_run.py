@@ -38,6 +38,7 @@ def small_tables(monkeypatch, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.ci
 def test_every_road_gives_the_same_logits(case, tiny_llama, text_file, tmp_path):
     import transformers
 
@@ -71,6 +72,7 @@ def test_saved_again_it_keeps_the_shared_codebook(tiny_llama, text_file, tmp_pat
 
 
 @pytest.mark.parametrize("case", ["trellis, fisher", "sequential"])
+@pytest.mark.ci
 def test_stopped_and_resumed_gives_the_same_bytes(case, tiny_llama, text_file, tmp_path):
     whole = quantize_model(config_of(tiny_llama, text_file, tmp_path / "whole", **CASES[case]))
     stop = Stop(9)
@@ -81,6 +83,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(case, tiny_llama, text_file, t
     assert not (result.folder / "fisher.safetensors").exists()
 
 
+@pytest.mark.ci
 def test_workers_give_the_same_bytes(tiny_llama, text_file, tmp_path):
     settings = CASES["trellis, fisher"] | {"sequential": True}
     one = quantize_model(config_of(tiny_llama, text_file, tmp_path / "one", **settings))

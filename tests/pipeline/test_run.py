@@ -79,6 +79,7 @@ def test_run_folder_has_its_form(whole, tiny_llama):
 
 
 @pytest.mark.parametrize("after", [1, 7, 10])
+@pytest.mark.ci
 def test_stopped_and_resumed_gives_the_same_bytes(whole, tiny_llama, text_file, tmp_path, after):
     stop = Stop(after)
     with pytest.raises(KeyboardInterrupt):
@@ -137,6 +138,7 @@ def test_resume_refuses_a_changed_calibration_text(tiny_llama, text_file, tmp_pa
 
 
 @pytest.mark.parametrize("num_gpus", [1, 2])
+@pytest.mark.ci
 def test_a_calibration_text_that_vanished_is_named_and_nothing_is_lost(num_gpus, whole, tiny_llama, text_file, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text())
@@ -413,6 +415,7 @@ def test_a_run_that_can_not_begin_lets_go_of_its_lock(tiny_llama, text_file, tmp
 
 
 @pytest.mark.parametrize("num_gpus", [1, 2])
+@pytest.mark.ci
 def test_a_run_behind_a_url(num_gpus, whole, tiny_llama, text_file, tmp_path):
     """Stopped, resumed from the URL by a process that has nothing of it, finished."""
     url = f"local://{tmp_path}/there"

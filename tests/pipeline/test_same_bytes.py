@@ -21,6 +21,7 @@ def run(folder, num_gpus, settings, model=None, progress=None):
 
 
 @pytest.mark.parametrize("settings, demo", [(PLAIN, True), (WHOLE, False)], ids=["plain", "everything"])
+@pytest.mark.ci
 def test_the_number_of_workers_does_not_show(settings, demo, demo_run, tiny_llama, tmp_path):
     model = None if demo else tiny_llama
     whole = demo_run if demo else run(tmp_path / "1", 1, settings, model)

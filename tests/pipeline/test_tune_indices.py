@@ -44,6 +44,7 @@ def indices_only(wishes, kind="plain", **changes):
 
 
 @pytest.mark.parametrize("kind", ["plain", "trellis", "folded"])
+@pytest.mark.ci
 def test_quantized_anew_to_the_same_form(kind, wishes, checkpoints, any_gain):
     result = finetune_model(indices_only(wishes, kind))
     packed = result.folder / "packed_model"
@@ -89,6 +90,7 @@ def changed_before(originals, wishes, text_file, tmp_path):
         ("trellis", "codebooks of their own"),
     ],
 )
+@pytest.mark.ci
 def test_what_is_packed_is_what_was_held_out(kind, which, wishes, checkpoints, changed_before, any_gain):
     """The loss of the float model whose linears were quantized is that of the packed one."""
     given = changed_before(which) if which else checkpoints[kind]
@@ -98,6 +100,7 @@ def test_what_is_packed_is_what_was_held_out(kind, which, wishes, checkpoints, c
     reload_alike(packed.folder / "packed_model")
 
 
+@pytest.mark.ci
 def test_what_is_float_makes_up_for_what_is_quantized(wishes, originals, any_gain, monkeypatch):
     """Later linears are quantized from what they have learned; without training in between the loss is higher."""
     weights, real = {}, incremental.quantize_linears
@@ -235,6 +238,7 @@ def test_a_stopped_run_goes_on(wishes, any_gain, monkeypatch):
     assert again.held_out == whole.held_out
 
 
+@pytest.mark.ci
 def test_what_is_float_has_noise_while_it_trains_and_at_every_look(wishes, any_gain):
     """The loss of what is held out counts what is not quantized yet; it falls, and at the end it is that of no noise."""
     last = {}

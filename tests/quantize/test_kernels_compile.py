@@ -65,6 +65,7 @@ for v, weighted in ((6, False), (4, True)):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is there for Linux only")
+@pytest.mark.ci
 def test_all_kernels_compile(tmp_path):
     pytest.importorskip("triton")
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")

@@ -130,6 +130,7 @@ def test_kmeans_reaches_the_twins_objective(generator, kernel_device, monkeypatc
         assert all(b <= a for a, b in zip(one.objective, one.objective[1:], strict=False))
 
 
+@pytest.mark.ci
 def test_a_batch_gives_the_bits_that_each_gives_alone(generator, kernel_device, monkeypatch):
     x, weights = mixed_batch(generator, kernel_device)
     together = kmeans_of(x, weights, 20, monkeypatch, "triton")

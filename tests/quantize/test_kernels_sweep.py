@@ -24,6 +24,7 @@ def to(segments, device):
 @pytest.mark.parametrize("direction", ["out", "in"])
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize(("out_features", "in_features", "vector_len", "k"), [(6, 9, 3, 6), (7, 11, 2, 40), (45, 16, 6, 300)])
+@pytest.mark.ci
 def test_kernels_equal_the_float64_twin(direction, stages, out_features, in_features, vector_len, k, generator, kernel_device):
     case = make_case(generator, direction, out_features, in_features, vector_len, stages, k)
     weight, inv_chol, segments, geometry = case
@@ -66,6 +67,7 @@ def test_a_vector_beyond_float16_is_searched_exactly(generator, direction, kerne
 
 
 @pytest.mark.parametrize("direction", ["out", "in"])
+@pytest.mark.ci
 def test_linears_together_give_what_each_gives_alone(generator, direction, kernel_device):
     cases = [make_case(generator, direction, 14, 12, 4, stages=2, k=20) for _ in range(3)]
     geometry = cases[0][3]
@@ -104,6 +106,7 @@ def test_large_linears_are_swept_as_well_as_by_the_twin(generator, direction, ve
 
 
 @pytest.mark.parametrize("direction", ["out", "in"])
+@pytest.mark.ci
 def test_quantized_together_or_alone_gives_the_same_bits(direction, generator, kernel_device):
     settings = {"vector_lens": (-1, 4), "num_centroids": (-1, 8), "num_res_centroids": (-1, 4), "kiter": 1}
     config = LinearConfig(**settings, vector_quant_dim=direction, group_num=2)

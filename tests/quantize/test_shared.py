@@ -67,6 +67,7 @@ def test_error_is_what_the_dequantized_weight_has(case, shape, books, generator)
     assert quantized.perm is None and quantized.scale is None
 
 
+@pytest.mark.ci
 def test_trellis_beats_vectors_at_equal_bits_and_feedback_beats_none(generator):
     weight, hessian = problem(128, 48, generator)
     main, table = gaussian_codebook(2, 16, CPU), gaussian_trellis(1, Trellis(7, 2), CPU)

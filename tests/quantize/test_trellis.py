@@ -91,6 +91,7 @@ def test_vectors_without_weight_have_no_say(generator):
 
 @pytest.mark.parametrize("state_bits, step_bits, vector_len", [*CASES, (9, 2, 1), (8, 7, 1)])
 @pytest.mark.parametrize("weighted", ["no", "steps", "all"])
+@pytest.mark.ci
 def test_kernel_equals_plain(kernel_device, state_bits, step_bits, vector_len, weighted, generator):
     trellis = Trellis(state_bits, step_bits)
     table = torch.randn(1 << state_bits, vector_len, generator=generator).to(kernel_device)
@@ -184,6 +185,7 @@ def test_beam_is_never_worse_and_a_full_one_is_exact(beam, generator):
         (6, 4, 1, 40, 32, 2), (4, 4, 1, 40, 32, 1), (8, 3, 3, 96, 32, 1),
     ],
 )  # fmt: skip
+@pytest.mark.ci
 def test_kernel_sweeps_as_columns_one_by_one(
     kernel_device, monkeypatch, state_bits, step_bits, vector_len, rows, ring_len, factors, generator
 ):
