@@ -63,6 +63,7 @@ def logits(model):
     return model(input_ids=TOKENS.to(next(model.parameters()).device)).logits.float().cpu()
 
 
+@pytest.mark.ci
 def test_every_road_gives_the_same_logits(run, device):
     from transformers import AutoModelForCausalLM
 
@@ -277,6 +278,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.ci
 def test_other_architectures_round_trip(kind, text_file, tmp_path):
     """Biases, fused linears, sliding windows, tied heads: packed equals dequantized, and calibration reached every linear."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -69,6 +69,7 @@ def flat(config):
 
 
 @pytest.mark.parametrize("change", [shared, first, flat])
+@pytest.mark.ci
 def test_other_layouts_give_the_same_model(change, packed, tmp_path):
     folder = rewritten(packed, tmp_path / "m", change)
     assert is_packed(folder)

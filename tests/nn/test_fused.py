@@ -159,6 +159,7 @@ def test_cuda_sources_run_on_a_cpu(setting, generator, emulated):
 
 
 @pytest.mark.parametrize("setting, copies", [("v6k4096", 0), ("trellis 2", 0), ("rotated", 2)])
+@pytest.mark.ci
 def test_codebooks_stay_in_global_memory_where_there_is_little_shared(setting, copies, generator, emulated, monkeypatch):
     monkeypatch.setattr(products, "limits_of", lambda device: Limits(processors=3, shared=41 << 10))
     shape = (352, 224) if "rotation" in SETTINGS[setting] else (76, 600)
@@ -298,6 +299,7 @@ def given_rows(size, dtype, generator):
 
 
 @pytest.mark.parametrize("setting", ["outliers of 4, v = 10", "rotated", "no scale, no order"])
+@pytest.mark.ci
 def test_activations_are_normed_and_gated_on_the_way(setting, generator, emulated):
     check_given(setting, (352, 224), torch.device("cpu"), generator)
 

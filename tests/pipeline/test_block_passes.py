@@ -168,6 +168,7 @@ def test_a_block_that_gains_nothing_is_tried_with_smaller_steps(place, rates, en
 
 
 @pytest.mark.parametrize("part, factor", [(1.0, 0.75), (0.75, 1.0), (0.375, 2.0), (0.125, 6.0), (0.0, 6.0)])
+@pytest.mark.ci
 def test_damping_aims_at_most_of_the_way(part, factor, wishes, monkeypatch):
     asked = []
     real = PredictionPass.__init__
@@ -247,6 +248,7 @@ class Counting(Silent):
     ],
     ids=["block", "e2e", "indices", "indices and norms"],
 )
+@pytest.mark.ci
 def test_progress_ends_at_its_end(settings, wishes):
     progress = Counting()
     patience = 4 if settings.get("train") == ("indices",) else 100

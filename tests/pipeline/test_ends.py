@@ -63,6 +63,7 @@ def test_every_road_gives_the_same_logits(asked, tied, tiny_llama, untied, text_
     assert found.perplexity == pytest.approx(whole.perplexity, rel=1e-2)
 
 
+@pytest.mark.ci
 def test_rows_are_as_exact_as_their_bits_and_smaller(tiny_llama, text_file, tmp_path):
     errors, sizes = [], []
     for bits in (2, 4, 8):
@@ -89,6 +90,7 @@ def test_saved_again_it_stays_one_matrix(tiny_llama, text_file, tmp_path):
 
 
 @pytest.mark.parametrize("after", [3, 14])
+@pytest.mark.ci
 def test_stopped_and_resumed_gives_the_same_bytes(after, untied, text_file, tmp_path):
     asked = {"embed_bits": 4, "head_bits": 4}
     whole = quantize_model(config_of(untied, text_file, tmp_path / "whole", **asked))

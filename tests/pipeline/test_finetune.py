@@ -300,6 +300,7 @@ class Stop(Silent):
 @pytest.mark.parametrize(
     "mode, phase, after", [("block", "1 outputs, block 1", 6), ("e2e", "training", 5), ("e2e", "perplexity, after", 1)]
 )
+@pytest.mark.ci
 def test_a_stopped_run_goes_on_to_the_same_bytes(mode, phase, after, wishes):
     whole = finetune_model(wishes(mode=mode))
     stop = Stop(phase, after)

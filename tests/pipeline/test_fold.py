@@ -62,6 +62,7 @@ def test_folded_run_keeps_only_the_transforms_that_are_left(untied, text_file, t
         torch.testing.assert_close(model(tokens).logits, dequantized(tokens).logits, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.ci
 def test_folded_and_unfolded_are_as_good(untied, text_file, tmp_path):
     errors = {}
     for fold in (None, False):

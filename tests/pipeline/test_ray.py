@@ -71,6 +71,7 @@ def test_a_node_that_goes_away_costs_only_what_it_was_at(cpus, demo_run, tmp_pat
     assert (found.folder / "logs" / "1.log").exists() and not (found.folder / "scratch").exists()
 
 
+@pytest.mark.ci
 def test_a_cluster_that_is_too_small_or_not_there_is_refused(tiny_llama, text_file, tmp_path, monkeypatch):
     given = {"executor": "ray", "num_gpus": 3, "device": "cpu"}
     with cluster_of((1, 1), monkeypatch) as (cluster, _), pytest.raises(UsageError, match="has 2 CPUs"):

@@ -99,6 +99,7 @@ def small_ladder(monkeypatch):
     return {name: tuple(v) if isinstance(v, list) else v for name, v in (RECIPE | {"num_centroids": (-1, 256)}).items()}
 
 
+@pytest.mark.ci
 def test_bits_are_met_resumed_and_reused(tiny_llama, text_file, tmp_path, small_ladder):
     kept = tmp_path / "not there yet" / "sensitivity.json"
     settings = small_ladder | {"bits": 4.0, "sensitivity_path": str(kept)}

@@ -112,6 +112,7 @@ def test_resume_refuses_changed_settings_by_name(tiny_llama, text_file, tmp_path
         quantize_model(QuantConfig.from_flat(given), resume=stop.folder, given=given)
 
 
+@pytest.mark.ci
 def test_resume_keeps_where_the_work_was_done(tiny_llama, tmp_path):
     text = {"nsamples": 64, "seq_len": 128}  # of two runs: one worker alone does not finish it before the other has come
     stop = Stop(1)
@@ -193,6 +194,7 @@ def test_folder_that_is_no_run_is_refused(tmp_path):
         quantize_model(QuantConfig(), resume=tmp_path)
 
 
+@pytest.mark.ci
 def test_kept_hessians_give_the_same_checkpoint_without_calibration(whole, tiny_llama, text_file, tmp_path, monkeypatch):
     store = str(tmp_path / "hessians")
     quantize_model(config_of(tiny_llama, text_file, tmp_path / "a", hessian_path=store))
@@ -247,6 +249,7 @@ def test_hessians_of_another_model_stop_the_run_before_it_starts(tiny_llama, tex
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.ci
 def test_workers_give_the_same_bytes_and_a_log_each(whole, tiny_llama, text_file, tmp_path):
     result = quantize_model(config_of(tiny_llama, text_file, tmp_path, num_gpus=2, device="cpu"))
     assert packed_bytes(result.folder) == packed_bytes(whole.folder)
@@ -436,6 +439,7 @@ def test_a_run_behind_a_url(num_gpus, whole, tiny_llama, text_file, tmp_path):
     assert logs.count("proxy error") == 14
 
 
+@pytest.mark.ci
 def test_a_url_is_given_back_whatever_is_refused(whole, tiny_llama, text_file, tmp_path):
     stop = Stop(5)
     with pytest.raises(KeyboardInterrupt):

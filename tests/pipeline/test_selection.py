@@ -174,6 +174,7 @@ def test_experts_that_no_token_reaches_are_quantized_and_named(moe, text_file, t
 
 
 @pytest.mark.parametrize("changes", [{}, {"hessian": "fisher", "sequential": True}])
+@pytest.mark.ci
 def test_all_experts_can_be_calibrated_on_all_tokens(changes, moe, text_file, tmp_path):
     result = quantize_model(settings(moe, text_file, tmp_path, moe_all_experts=True, **changes))
     assert {f["tokens"] for f in result.figures} == {128}

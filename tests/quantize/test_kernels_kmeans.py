@@ -121,6 +121,7 @@ def kmeans_of(x, weights, k, monkeypatch, kernels):
     return batched_kmeans(x, weights, k, iterations=6, tol=1e-4, generators=generators)
 
 
+@pytest.mark.ci
 def test_kmeans_reaches_the_twins_objective(generator, kernel_device, monkeypatch):
     x, weights = mixed_batch(generator, kernel_device)
     fast = kmeans_of(x, weights, 20, monkeypatch, "triton")

@@ -127,6 +127,7 @@ def test_quantized_together_or_alone_gives_the_same_bits(direction, generator, k
 
 @pytest.mark.parametrize("direction", ["out", "in"])
 @pytest.mark.parametrize("size", [40, 75, 150])
+@pytest.mark.ci
 def test_a_vector_about_the_limit_of_float16_takes_its_centroid(direction, size, generator, kernel_device):
     weight, inv_chol, segments, geometry = make_case(generator, direction, 8, 8, 4, k=300)
     inv_chol = torch.eye(8)
