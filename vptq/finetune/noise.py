@@ -70,13 +70,6 @@ class ErrorNoise:
                 kept = torch.tensor([1 - shrinkage[name] for name in lot], device=norms.device)
                 self.lots.append(_Lot(lot, torch.stack(rest), kept, norms, groups))
 
-    def draw(self, number: int) -> dict[str, Tensor]:
-        """R of a draw, by name, of the sizes that go with the weights as they were: (out_features, in_features) bfloat16."""
-        found: dict[str, Tensor] = {}
-        for place, lot in enumerate(self.lots):
-            found |= zip(lot.names, _drawn(lot, list(range(len(lot.names))), self._seed_of(number, place)), strict=True)
-        return found
-
     def _seed_of(self, number: int, lot: int) -> int:
         return ((self.seed * 1_000_003 + number) * len(self.lots) + lot) % (1 << 63)
 

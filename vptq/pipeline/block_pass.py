@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -141,8 +140,7 @@ class BlockPass:
         for slower in SLOWER:
             schedule = replace(self.schedule, learning_rate=slower * self.schedule.learning_rate)
             fits.append(Fit(items, schedule, loss.train, loss.held_out))
-            new = 0.0 if fits[1:] else each
-            fits[-1].run(functools.partial(lambda new, _: told(phase, new), new))
+            fits[-1].run((lambda _: told(phase, 0.0)) if fits[1:] else (lambda _: told(phase, each)))
             if fits[-1].best_step:
                 break
             self.settings.job.log(f"{phase}: nothing gained at learning rate {schedule.learning_rate:.3g}")

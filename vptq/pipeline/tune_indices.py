@@ -201,11 +201,9 @@ class IndexTuning(WholeModel):
     def _noise(self, model: Any) -> ErrorNoise:
         """Errors of the packed checkpoint, as large as is asked for."""
         weights = {name: model.get_parameter(f"{name}.weight").detach() for name in self.forms}
-        packed = functools.partial(packed_tensors, self.pair.packed_source)
         errors = {}
         for name, form in self.forms.items():
-            stored = {key: tensor.to(self.pair.device) for key, tensor in packed(name, form.layer).items()}
-            error = dequantize_packed(stored, form.layer, torch.float32).sub_(weights[name]).mul_(self.config.noise)
+            error = dequantize_packed(self._stored(name), form.layer, torch.float32).sub_(weights[name]).mul_(self.config.noise)
             errors[name] = error.to(torch.bfloat16)
         linears = {name: model.get_submodule(name) for name in self.forms}
         tokens = self.tokens[: max(1, SHRINKAGE_TOKENS // self.tokens.shape[1])].split(self.config.at_once)
@@ -228,10 +226,15 @@ class IndexTuning(WholeModel):
             compute_blocks_twice(skeleton.model)
         return skeleton.model
 
+    def _stored(self, linear: str) -> dict[str, Tensor]:
+        """A linear's tensors as the given checkpoint has them, on the device."""
+        found = packed_tensors(self.pair.packed_source, linear, self.pair.layers[linear])
+        return {key: tensor.to(self.pair.device) for key, tensor in found.items()}
+
     def _codebooks(self, owner: str) -> Codebooks:
         """The codebooks that a linear stores, for itself or for all that share them."""
         layer, dtype = self.pair.layers[owner], self.pair.packed.dtype
-        tensors = {key: own.to(self.pair.device) for key, own in packed_tensors(self.pair.packed_source, owner, layer).items()}
+        tensors = self._stored(owner)
         sizes = {"centroids": layer.num_centroids[1], "res_centroids": layer.num_res_centroids[1]}
         found = [stored_centroids(name, tensors, layer, size, layer.vector_lens[1]) for name, size in sizes.items() if size > 0]
         books = tuple(store_codebook(values, layer.bitwidth, layer.bsize, dtype) for values in found)
