@@ -34,6 +34,7 @@ INSIDE = {  # order of files within a room, from the street up
         "form",
         "architecture",
         "runner",
+        "kv_cache",
     ],
     "calibration": ["runs", "hessian", "hessian_store", "fisher", "whole"],
     "quantize": [

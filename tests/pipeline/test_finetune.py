@@ -446,7 +446,7 @@ def test_memory_that_runs_out_while_text_is_written(wishes, monkeypatch):
     def full(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("vptq.finetune.sample._write_on", lambda model, start: None)
+    monkeypatch.setattr("vptq.finetune.sample._write_on", lambda model, start, seq_len: None)
     with pytest.raises(RunError, match="memory ran out"):
         finetune_model(wishes(dataset=("self",)))
     from vptq.finetune import sample
@@ -454,7 +454,7 @@ def test_memory_that_runs_out_while_text_is_written(wishes, monkeypatch):
     tried = []
     monkeypatch.setattr(sample, "AT_ONCE_CPU", 4)
     real = torch.zeros(8, 6, dtype=torch.int64)
-    write = lambda model, start: tried.append(len(start)) or (None if len(start) > 2 else real[: len(start)])  # noqa: E731
+    write = lambda model, start, _: tried.append(len(start)) or (None if len(start) > 2 else real[: len(start)])  # noqa: E731
     monkeypatch.setattr(sample, "_write_on", write)
     model = load_whole(wishes().original, "cpu")
     assert sample.sample_text(model, count=5, seq_len=6, seed=0).shape == (5, 6)

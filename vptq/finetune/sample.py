@@ -34,7 +34,7 @@ def sample_text(model: Any, *, count: int, seq_len: int, seed: int, progress: Ca
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(seed)
             while (done := sum(map(len, found))) < count:
-                written = _write_on(model, first[done : done + step])
+                written = _write_on(model, first[done : done + step], seq_len)
                 if written is None and step == 1:
                     raise MemoryError("out of memory: not one sequence can be written")
                 if written is None:
@@ -59,11 +59,14 @@ def _at_once(model: Any, seq_len: int) -> int:
     return max(1, min(MOST_AT_ONCE, int(CACHE_FRACTION * free_memory(model.device)) // each))
 
 
-def _write_on(model: Any, start: Tensor) -> Tensor | None:
+def _write_on(model: Any, start: Tensor, seq_len: int) -> Tensor | None:
     """Sequences from their first tokens, (n, 1) -> (n, seq_len); None where there is too little memory for so many at once."""
+    from vptq.models.kv_cache import cache_for  # noqa: PLC0415 (slow import)
+
     try:
-        start = start.to(model.device)
-        written = model.generate(input_ids=start, attention_mask=torch.ones_like(start))
+        start, cache = start.to(model.device), cache_for(model, seq_len)
+        given = {} if cache is None else {"past_key_values": cache}
+        written = model.generate(input_ids=start, attention_mask=torch.ones_like(start), **given)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
