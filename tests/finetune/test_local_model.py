@@ -5,7 +5,7 @@ import torch
 
 from tests.nn.test_vquant_linear import module_of, packed
 from vptq.finetune.blockwise import BlockBatches, OutputMatching
-from vptq.finetune.local_model import LocalModel, linearise, sizes_of
+from vptq.finetune.local_model import LocalModel, hand_on, linearise, sizes_of
 from vptq.finetune.unpacked import Unpacked
 
 
@@ -39,28 +39,54 @@ def problem_of(linear, generator):
     return inputs, slopes
 
 
+def weight_of(linear):
+    """Of the block as a whole."""
+    return torch.nn.functional.pad(linear.dequantize().float(), (0, 0, 0, 18)) + torch.eye(48)
+
+
 @pytest.mark.parametrize("unpack", [False, True])
 def test_block_is_linearised(linear, generator, unpack):
     inputs, slopes = problem_of(linear, generator)
     unpacked = Unpacked(linear, torch.float32) if unpack else None
     slopes[2][1][1, 4] = 0  # the last token has no label
-    outputs, handed, (weights, metric) = linearise(batches_of(linear, inputs, unpacked=unpacked), slopes)
-    weight = torch.nn.functional.pad(linear.dequantize().float(), (0, 0, 0, 18)) + torch.eye(48)
+    outputs, (weights, metric) = linearise(batches_of(linear, inputs, unpacked=unpacked), slopes)
     expected = torch.zeros(48, 48)
-    for x, found, (own, label), (first, second), sizes in zip(inputs, outputs, slopes, handed, weights, strict=True):
-        torch.testing.assert_close(found, x @ weight.T, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(first, own @ weight, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(second, label @ weight, rtol=1e-3, atol=1e-3)
+    for x, found, (_, label), sizes in zip(inputs, outputs, slopes, weights, strict=True):
+        torch.testing.assert_close(found, x @ weight_of(linear).T, rtol=1e-4, atol=1e-4)
         for y, u, size in zip(found.flatten(0, 1), label.flatten(0, 1), sizes.flatten(), strict=True):
             assert size.item() == pytest.approx((y.norm() * u.norm()).item() ** 2, rel=1e-3)
             expected += torch.outer(u, u) / u.dot(u).clamp_min(1e-9) / 40
     torch.testing.assert_close(metric, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("unpack", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+def test_slopes_are_handed_on_with_what_the_block_has_done(linear, generator, learned, unpack):
+    """They are those of the local model, with its own curvature, where the block now is."""
+    inputs, slopes = problem_of(linear, generator)
+    linear.weight_scale.requires_grad_()
+    batches = batches_of(linear, inputs, unpacked=Unpacked(linear, torch.float32) if unpack else None)
+    outputs, curvature = linearise(batches, slopes)
+    if learned:
+        with torch.no_grad():
+            linear.weight_scale.mul_(1.2)
+    handed = hand_on(batches, slopes, outputs, curvature)
+    loss = LocalModel(batches, outputs, [pair[0] for pair in slopes], curvature, 1.0, [0.0] * 8)
+    weight, starts = weight_of(linear), [0, 2, 4, 6]
+    for number, (x, own, (first, second)) in enumerate(zip(inputs, slopes, handed, strict=True)):
+        torch.testing.assert_close(second, own[1] @ weight, rtol=1e-3, atol=1e-3)
+        state = x.clone().requires_grad_()
+        loss.output = lambda _, state=state: batches.output(state, batches.tokens[0])
+        (loss.of_sequences([starts[number], starts[number] + 1]) * 10).backward()
+        torch.testing.assert_close(first, state.grad, rtol=1e-3, atol=1e-3)
+        same = torch.allclose(first, own[0] @ weight, rtol=1e-3, atol=1e-3)
+        assert same != learned
+
+
 def test_loss_is_what_it_says(linear, generator):
     inputs, slopes = problem_of(linear, generator)
     batches = batches_of(linear, inputs)
-    outputs, _, curvature = linearise(batches, slopes)
+    outputs, curvature = linearise(batches, slopes)
     loss = LocalModel(batches, outputs, [pair[0] for pair in slopes], curvature, 3.0, [1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 3.5, 4.5])
     assert loss.of_sequences([2, 3]).item() == pytest.approx(2.0) and loss.held_out() == pytest.approx(4.0)
     with torch.no_grad():

@@ -67,6 +67,30 @@ def test_slopes_of_the_blocks_are_those_of_the_whole_model(kind, unpack, wishes,
         torch.testing.assert_close(found[name], gradient, rtol=1e-2, atol=1e-3 * size + 1e-7, msg=name)
 
 
+def test_a_block_is_told_what_later_ones_have_learned(wishes, originals, checkpoints, tmp_path, monkeypatch):
+    config = wishes(mode="block").resolved(1000, 128)
+    pair = Pair.open(originals["plain"], checkpoints["plain"], torch.device("cpu"), False, False)
+    batches = list(torch.randint(30, (8, 16), generator=torch.Generator().manual_seed(0)).split(2))
+    job = TuneJob.create(config, "", {}, tmp_path / "run")
+    found, factors = [], (1.0, 1.0, 1.02)
+
+    def watch(_self, block, items, make_loss):
+        loss = make_loss()
+        if block == 1:
+            for item in items:
+                item.parameter.data.mul_(factors[len(found)])
+        else:
+            found.append(torch.cat(loss.slopes))
+        return {}, []
+
+    monkeypatch.setattr(PredictionPass, "train", watch)
+    settings = PassSettings(pair, config, batches, 1, job, lambda *_: None, lambda _: None)
+    for _ in factors:
+        PredictionPass(settings, "1 predictions", {}, 1.0).run()
+    assert torch.equal(found[0], found[1])
+    assert (found[2] - found[0]).norm() > 0.01 * found[0].norm()
+
+
 def test_each_pass_goes_on_from_the_last(wishes, checkpoints):
     notes = []
     progress = Silent()
@@ -167,16 +191,19 @@ def test_a_block_that_gains_nothing_is_tried_with_smaller_steps(place, rates, en
     assert sum(told) == 7.0, "what is done once more is not told twice"
 
 
-@pytest.mark.parametrize("part, factor", [(1.0, 0.75), (0.75, 1.0), (0.375, 2.0), (0.125, 6.0), (0.0, 6.0)])
+@pytest.mark.parametrize(
+    "part, rate, factor",
+    [(1.0, 1e-3, 0.75), (0.75, 1e-3, 1.0), (0.375, 1e-3, 2.0), (0.125, 1e-3, 6.0), (0.0, 1e-3, 6.0), (0.0, 1e-12, 0.25)],
+)
 @pytest.mark.ci
-def test_damping_aims_at_most_of_the_way(part, factor, wishes, monkeypatch):
+def test_damping_aims_at_most_of_the_way_unless_it_lets_nothing_learn(part, rate, factor, wishes, monkeypatch):
     asked = []
     real = PredictionPass.__init__
     monkeypatch.setattr(PredictionPass, "__init__", lambda self, *args: asked.append(args[-1]) or real(self, *args))
     found = lambda pair, changed, rest, told, before, parts: (dict(before), dict.fromkeys(parts, 1.0) | {part: 0.5})  # noqa: E731
     monkeypatch.setattr(tune_blocks, "best_part", found)
-    finetune_model(wishes(mode="block", passes=("predictions", "predictions")))
-    assert asked == pytest.approx([1.4, 1.4 * factor])
+    finetune_model(wishes(mode="block", passes=("predictions", "predictions"), learning_rate=rate))
+    assert asked[1] == pytest.approx(factor * asked[0])
 
 
 def test_a_way_that_leads_too_far_is_not_taken(wishes, monkeypatch):

@@ -53,31 +53,51 @@ def sizes_of(vectors: Tensor) -> Tensor:
     return vectors.norm(dim=-1, keepdim=True).clamp_min(1e-10)
 
 
-def linearise(
-    batches: BlockBatches, slopes: list[list[Tensor]]
-) -> tuple[list[Tensor], list[list[Tensor]], tuple[list[Tensor], Tensor]]:
-    """A block as it is: its outputs, the slopes of what goes into it, and the curvature that `LocalModel` takes.
+@torch.no_grad()
+def linearise(batches: BlockBatches, slopes: list[list[Tensor]]) -> tuple[list[Tensor], tuple[list[Tensor], Tensor]]:
+    """A block as it is: its outputs (float32) for each batch, and the curvature that `LocalModel` takes.
 
     Args:
         slopes: for each batch, gradients with respect to the block's outputs, of the KL and of the label's loss.
-    Returns:
-        outputs (float32) and slopes of the inputs for each batch, the curvature.
     """
-    outputs, handed, weights, num_tokens = [], [], [], 0
+    outputs, weights, num_tokens = [], [], 0
     metric: Tensor | None = None
     with batches.looking():
-        for number, (of_divergence, of_label) in enumerate(slopes):
-            device = batches.runner.device
-            state = batches.inputs[number].to(device).float().requires_grad_()
-            output = batches.output(state, batches.tokens[number])
-            first, second = of_divergence.to(device), of_label.to(device)
-            own = torch.autograd.grad(output, state, first, retain_graph=True)[0], torch.autograd.grad(output, state, second)[0]
-            handed.append([gradient.to(of_divergence.device) for gradient in own])
-            outputs.append(output.detach().to(of_divergence.device))
+        for number, (_, of_label) in enumerate(slopes):
+            output = batches.output(batches.inputs[number], batches.tokens[number])
+            second = of_label.to(output.device)
             length = sizes_of(second)
-            weights.append((length * sizes_of(output.detach())).square()[..., 0].to(of_divergence.device))
+            outputs.append(output.to(of_label.device))
+            weights.append((length * sizes_of(output)).square()[..., 0].to(of_label.device))
             rows = (second / length).flatten(0, -2)
             metric = rows.T @ rows if metric is None else metric + rows.T @ rows
             num_tokens += len(rows)
     assert metric is not None
-    return outputs, handed, (weights, metric / num_tokens)
+    return outputs, (weights, metric / num_tokens)
+
+
+def hand_on(
+    batches: BlockBatches, slopes: list[list[Tensor]], before: list[Tensor], curvature: tuple[list[Tensor], Tensor]
+) -> list[list[Tensor]]:
+    """Slopes of what goes into a block that has learned, for each batch, from those of its outputs as they were.
+
+    The block's own change δ makes g + w C (δ/s)/s of the KL's slope g at its outputs, by the second order of `LocalModel`. So
+    the blocks before it learn what is left to make up for, not the same once more.
+
+    Args:
+        slopes: see `linearise`. before, curvature: what that gave.
+    """
+    handed = []
+    weights, metric = curvature
+    with batches.looking():
+        for number, (of_divergence, of_label) in enumerate(slopes):
+            device = batches.runner.device
+            state = batches.inputs[number].detach().to(device).float().requires_grad_()
+            output = batches.output(state, batches.tokens[number])
+            old = before[number].to(device)
+            sizes = sizes_of(old)
+            change = weights[number].to(device)[..., None] * ((output.detach() - old) / sizes @ metric) / sizes
+            first, second = of_divergence.to(device) + change, of_label.to(device)
+            own = torch.autograd.grad(output, state, first, retain_graph=True)[0], torch.autograd.grad(output, state, second)[0]
+            handed.append([gradient.to(of_divergence.device) for gradient in own])
+    return handed

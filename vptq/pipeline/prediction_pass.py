@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vptq.errors import UsageError
-from vptq.finetune.local_model import LocalModel, linearise
+from vptq.finetune.local_model import LocalModel, hand_on, linearise
 from vptq.models.architecture import Skeleton
 from vptq.models.device import free_memory
 from vptq.models.runner import BlockRunner
@@ -52,7 +52,7 @@ class PredictionPass(BlockPass):
 
     share = 1 / 3  # the local model is good for a short way only
     parts = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
-    once = 5.0  # the original forward, the packed one forward, and forward and twice backward
+    once = 6.0  # the original forward, the packed one twice, then forward and twice backward
 
     def run(self) -> tuple[dict[str, Tensor], dict[str, History]]:
         """See `BlockPass`."""
@@ -68,22 +68,26 @@ class PredictionPass(BlockPass):
         for block in reversed(range(self.settings.num_blocks)):
             _, items, unpacked = self.load(block)
             batches = self.batches(block, ours, kept.pop(), unpacked)
-            outputs, handed, curvature = linearise(batches, slopes)
-            for tokens in self.settings.batches:
-                self.advance(block, tokens)
-                self.advance(block, tokens)
-                self.advance(block, tokens)
+            outputs, curvature = linearise(batches, slopes)
+            self._advance_all(block, 1)
             if items:
                 firsts = [pair[0] for pair in slopes]
                 make = functools.partial(LocalModel, batches, outputs, firsts, curvature, self.damping, start)
                 values, histories[str(block)] = self.train(block, items, make)
                 changed |= values
                 del firsts, make
-            slopes = handed
-            del batches, unpacked, outputs, handed
+            if block:
+                slopes = hand_on(batches, slopes, outputs, curvature)
+            self._advance_all(block, 3)
+            del batches, unpacked, outputs
             ours.unload_block(block)
         ours.unload()
         return changed, dict(reversed(histories.items()))
+
+    def _advance_all(self, block: int, times: int) -> None:
+        """Tell that the whole text went through a block so many times."""
+        for tokens in self.settings.batches * times:
+            self.advance(block, tokens)
 
     def _original_states(self) -> list[Tensor]:
         """What the original's last block puts out for each batch."""

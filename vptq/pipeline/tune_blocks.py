@@ -17,9 +17,10 @@ from vptq.pipeline.tune_models import Pair
 from vptq.recipe import BlockPassKind
 
 PASSES: dict[str, type[BlockPass]] = {"outputs": OutputPass, "predictions": PredictionPass}
-COUPLING = 0.4  # of a block with each other one: how much of their outputs' changes adds up
+COUPLING = 0.05  # of a block with each other one: how much their changes add up beyond what each is told of later ones'
 BEST_PART = 0.75  # of the way that damping aims at
 LEAST_PART = 0.125  # that tells anything of it
+EASED = 0.25  # what damping is multiplied by where no block could learn anything with it
 
 
 class BlockTuning:
@@ -66,7 +67,7 @@ class BlockTuning:
         changed, found = one.run()
         values, part = self._checked(one, changed)
         if kind == "predictions":
-            self.damping *= BEST_PART / max(part, LEAST_PART)
+            self.damping *= BEST_PART / max(part, LEAST_PART) if any(map(_gained, found.values())) else EASED
         histories = {f"{name}: {block}": history for block, history in found.items()}
         numbers = {"held_out": self.held_out, "damping": self.damping, "histories": histories}
         job.save_tensors(name, values, numbers)
@@ -91,3 +92,9 @@ class BlockTuning:
 
     def _check_units(self) -> float:
         return float(self.settings.num_blocks * self.settings.held_out.numel())
+
+
+def _gained(history: History) -> bool:
+    """Whether a block came to anything better than it was."""
+    looks = [entry["held_out"] for entry in history if "held_out" in entry]
+    return bool(looks) and min(looks) < looks[0]
