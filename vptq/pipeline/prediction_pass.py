@@ -1,8 +1,8 @@
 """A pass over the blocks: each learns what lowers KL(original ‖ packed), told by how the model's loss depends on its outputs.
 
 Forward through all blocks as they are, keeping what goes into each; then backward, as calibration's gradients go: at each
-block its outputs' slopes are known, and it trains on `LocalModel` with what it was given. Only one block's weights are in
-memory at a time. All blocks see the model as it was before the pass.
+block its outputs' slopes are known, and it trains on `LocalModel` with what it was given. What it learned is told to the blocks
+before it, as far as the local model knows. Only one block's weights are in memory at a time.
 """
 
 from __future__ import annotations
