@@ -16,7 +16,7 @@ KEPT = {"gemma2": BOTH, "gpt_oss": BOTH, "gemma3": WINDOW, "gemma3_text": WINDOW
 
 
 def write(model, cache):
-    """A text of three sequences, and what `generate` kept."""
+    """A text of three sequences; cache: None for transformers' own."""
     torch.manual_seed(3)
     start = torch.tensor([[5], [17], [99]])
     given = {} if cache is None else {"past_key_values": cache}

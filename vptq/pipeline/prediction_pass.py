@@ -112,8 +112,7 @@ class PredictionPass(BlockPass):
             with batches.looking():
                 pairs = zip(states, self.settings.batches, strict=True)
                 states = [batches.output(hidden, tokens).to(hidden.device, hidden.dtype) for hidden, tokens in pairs]
-            for tokens in self.settings.batches:
-                self.advance(block, tokens)
+            self._advance_all(block, 1)
             del batches, unpacked  # before it is asked what memory is free for the next
             runner.unload_block(block)
         return kept, states
