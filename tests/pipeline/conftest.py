@@ -17,6 +17,19 @@ def demo_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
+    from vptq.pipeline.run import quantize_model
+
+    linear = LinearConfig(vector_lens=(-1, 4), num_centroids=(-1, 256), kiter=10)
+    output = tmp_path_factory.mktemp("demo")
+    config = QuantConfig(
+        output_dir=str(output), device="cpu", linear=linear, calibration=CalibrationConfig(nsamples=16, seq_len=128)
+    )
+    return quantize_model(config).folder / "packed_model"
+
+
+@pytest.fixture(scope="session")
 def originals(tiny_llama, tmp_path_factory):
     """By kind: head and embeddings tied, and not, so that rotations fold."""
     folder = tmp_path_factory.mktemp("untied")

@@ -29,7 +29,6 @@ from vptq.pipeline.finetune import finetune_model
 from vptq.pipeline.fold import find_fold
 from vptq.pipeline.progress import Silent
 from vptq.pipeline.quantize_tuned import quantize_and_tune
-from vptq.pipeline.run import quantize_model
 from vptq.pipeline.tune_text import share_out, tuning_tokens
 from vptq.pipeline.tune_whole import compute_blocks_twice
 
@@ -524,18 +523,6 @@ def test_quantize_and_tune_in_one_run(tiny_llama, text_file, tmp_path):
 # -- the demo model ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    from vptq.config import CalibrationConfig, LinearConfig, QuantConfig
-
-    linear = LinearConfig(vector_lens=(-1, 4), num_centroids=(-1, 256), kiter=10)
-    output = tmp_path_factory.mktemp("demo")
-    config = QuantConfig(
-        output_dir=str(output), device="cpu", linear=linear, calibration=CalibrationConfig(nsamples=16, seq_len=128)
-    )
-    return quantize_model(config).folder / "packed_model"
-
-
 def tune_demo(demo, output, **changes):
     settings = {"nsamples": 32, "seq_len": 128, "steps": 12, "batch_size": 8, "micro_batch_size": 8, "eval_nsamples": 40}
     return finetune_model(FinetuneConfig(model_name=str(demo), output_dir=str(output), device="cpu", **settings | changes))
@@ -559,8 +546,12 @@ def test_two_processes_train_the_demo_model(demo, tmp_path):
     words = f"--mode e2e --model_name {demo} --output_dir {tmp_path} --nsamples 12 --num_held_out 2 --seq_len 64 --steps 3"
     words += " --batch_size 4 --eval_nsamples 100 --device cpu"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch\nfrom vptq.cli.main import main\ncode = main()\nsys.exit(code or torch.distributed.is_initialized())"
+    )
     done = subprocess.run(
-        [*launch, "-m", "vptq", "finetune", *words.split()], capture_output=True, text=True, timeout=300,
+        [*launch, script, "finetune", *words.split()], capture_output=True, text=True, timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -76,28 +76,25 @@ def linearise(batches: BlockBatches, slopes: list[list[Tensor]]) -> tuple[list[T
     return outputs, (weights, metric / num_tokens)
 
 
-def hand_on(
-    batches: BlockBatches, slopes: list[list[Tensor]], before: list[Tensor], curvature: tuple[list[Tensor], Tensor]
-) -> list[list[Tensor]]:
+def hand_on(batches: BlockBatches, slopes: list[list[Tensor]], before: list[Tensor]) -> list[list[Tensor]]:
     """Slopes of what goes into a block that has learned, for each batch, from those of its outputs as they were.
 
-    The block's own change δ makes g + w C (δ/s)/s of the KL's slope g at its outputs, by the second order of `LocalModel`. So
-    the blocks before it learn what is left to make up for, not the same once more.
+    The block's own change δ makes g + u uᵀδ of the KL's slope g at its outputs: in the mean over labels u uᵀ is the token's
+    Fisher matrix, and a block that learns from it sees the mean over many tokens. So the blocks before learn what is left to
+    make up for, not the same once more.
 
     Args:
-        slopes: see `linearise`. before, curvature: what that gave.
+        slopes: see `linearise`. before: the outputs that it gave.
     """
     handed = []
-    weights, metric = curvature
     with batches.looking():
         for number, (of_divergence, of_label) in enumerate(slopes):
             device = batches.runner.device
             state = batches.inputs[number].detach().to(device).float().requires_grad_()
             output = batches.output(state, batches.tokens[number])
-            old = before[number].to(device)
-            sizes = sizes_of(old)
-            change = weights[number].to(device)[..., None] * ((output.detach() - old) / sizes @ metric) / sizes
-            first, second = of_divergence.to(device) + change, of_label.to(device)
+            second = of_label.to(device)
+            change = output.detach() - before[number].to(device)
+            first = of_divergence.to(device) + second * (second * change).sum(-1, keepdim=True)
             own = torch.autograd.grad(output, state, first, retain_graph=True)[0], torch.autograd.grad(output, state, second)[0]
             handed.append([gradient.to(of_divergence.device) for gradient in own])
     return handed

@@ -84,6 +84,7 @@ def finetune_model(
             free = {name: value for name, value in given.items() if name in job.free_on_resume}
             config = FinetuneConfig.from_flat(job.config.to_flat() | free)
             if job.finished:
+                team.leave()
                 return finished_result(job) if team.rank == 0 else None
         config.validate()
         if team.world > 1 and (config.mode != "e2e" or config.new_indices):
@@ -200,6 +201,7 @@ class _Run:
             return self._conclude(start, measured, histories, tuning.held_out)
         packed = self.job.folder / "packed_model"
         histories, held_out = self._train(tuning, pair, packed, found)
+        self.team.leave()
         if self.team.rank > 0:
             return None
         self._write_model(pair, packed)

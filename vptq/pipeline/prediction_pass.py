@@ -77,7 +77,7 @@ class PredictionPass(BlockPass):
                 changed |= values
                 del firsts, make
             if block:
-                slopes = hand_on(batches, slopes, outputs, curvature)
+                slopes = hand_on(batches, slopes, outputs)
             self._advance_all(block, 3)
             del batches, unpacked, outputs
             ours.unload_block(block)

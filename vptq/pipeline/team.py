@@ -26,6 +26,8 @@ class Team(Protocol):
 
     def share(self, value: Any) -> Any: ...
 
+    def leave(self) -> None: ...
+
 
 class Alone:
     """One process."""
@@ -40,6 +42,9 @@ class Alone:
 
     def share(self, value: Any) -> Any:
         return value
+
+    def leave(self) -> None:
+        pass
 
 
 class Launched:
@@ -67,6 +72,11 @@ class Launched:
         values = [value]
         torch.distributed.broadcast_object_list(values, src=0)
         return values[0]
+
+    def leave(self) -> None:
+        """Nothing is shared from here on. All do it together: NCCL waits for the others of a machine (ncclCommDestroy)."""
+        self.state.destroy_process_group()
+        self.state._reset_state()  # so that the process can begin again
 
 
 def is_launched() -> bool:

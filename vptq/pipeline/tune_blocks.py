@@ -17,7 +17,6 @@ from vptq.pipeline.tune_models import Pair
 from vptq.recipe import BlockPassKind
 
 PASSES: dict[str, type[BlockPass]] = {"outputs": OutputPass, "predictions": PredictionPass}
-COUPLING = 0.05  # of a block with each other one: how much their changes add up beyond what each is told of later ones'
 BEST_PART = 0.75  # of the way that damping aims at
 LEAST_PART = 0.125  # that tells anything of it
 EASED = 0.25  # what damping is multiplied by where no block could learn anything with it
@@ -38,7 +37,7 @@ class BlockTuning:
         train, rest = tokens[: len(tokens) - held_out].split(size), tokens[len(tokens) - held_out :].split(size)
         self.settings = PassSettings(pair, config, [*train, *rest], len(rest), job, told, note)
         self.held_out = (math.nan, math.nan)  # KL of the whole model, before and after
-        self.damping = 1 + COUPLING * (self.settings.num_blocks - 1)
+        self.damping = 1.0
 
     def units(self) -> float:
         """What `told` is told in all."""
@@ -67,7 +66,7 @@ class BlockTuning:
         changed, found = one.run()
         values, part = self._checked(one, changed)
         if kind == "predictions":
-            self.damping *= BEST_PART / max(part, LEAST_PART) if any(map(_gained, found.values())) else EASED
+            self.damping *= _raised(part) if any(map(_gained, found.values())) else EASED
         histories = {f"{name}: {block}": history for block, history in found.items()}
         numbers = {"held_out": self.held_out, "damping": self.damping, "histories": histories}
         job.save_tensors(name, values, numbers)
@@ -92,6 +91,11 @@ class BlockTuning:
 
     def _check_units(self) -> float:
         return float(self.settings.num_blocks * self.settings.held_out.numel())
+
+
+def _raised(part: float) -> float:
+    """What damping is multiplied by where so much of the way was best. A root: going too far is only partly a lack of it."""
+    return math.sqrt(BEST_PART / max(part, LEAST_PART))
 
 
 def _gained(history: History) -> bool:
