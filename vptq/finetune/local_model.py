@@ -85,6 +85,8 @@ def hand_on(batches: BlockBatches, slopes: list[list[Tensor]], before: list[Tens
 
     Args:
         slopes: see `linearise`. before: the outputs that it gave.
+    Returns:
+        For each batch both slopes, (sequences, seq_len, hidden_size) float32 each.
     """
     handed = []
     with batches.looking():
