@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from tests.pipeline.test_finetune import Stop, changed_names
 from tests.pipeline.test_run import config_of
@@ -27,6 +26,14 @@ from vptq.pipeline.progress import Silent
 from vptq.pipeline.quantize_tuned import quantize_and_tune
 from vptq.pipeline.tune_job import TuneJob
 from vptq.pipeline.tune_models import Pair
+from vptq.pipeline.tune_text import tuning_tokens
+
+
+def settings_of(config, original, packed, batches, folder):
+    """For passes that nobody hears of; the last batch is held out."""
+    pair = Pair.open(original, packed, torch.device("cpu"), False, False)
+    job = TuneJob.create(config, "", {}, folder / "run")
+    return PassSettings(pair, config, batches, 1, job, lambda *_: None, lambda _: None)
 
 
 @pytest.mark.parametrize("kind", ["plain", "folded"])
@@ -35,10 +42,8 @@ from vptq.pipeline.tune_models import Pair
 def test_slopes_of_the_blocks_are_those_of_the_whole_model(kind, unpack, wishes, originals, checkpoints, tmp_path, monkeypatch):
     """The gradient of each block's local model is that of KL(original || packed) end to end."""
     config = wishes(kind, mode="block", unpack=unpack).resolved(1000, 128)
-    pair = Pair.open(originals[kind], checkpoints[kind], torch.device("cpu"), False, False)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(30, (2, 16), generator=generator) for _ in range(3)]
-    job = TuneJob.create(config, "", {}, tmp_path / "run")
     found = {}
 
     def watch(self, block, items, make_loss):
@@ -51,7 +56,8 @@ def test_slopes_of_the_blocks_are_those_of_the_whole_model(kind, unpack, wishes,
         return {}, []
 
     monkeypatch.setattr(PredictionPass, "train", watch)
-    settings = PassSettings(pair, config, batches, 1, job, lambda *_: None, lambda _: None)
+    settings = settings_of(config, originals[kind], checkpoints[kind], batches, tmp_path)
+    pair = settings.pair
     PredictionPass(settings, "1 predictions", {}, 1.0).run()
 
     student = pair.load_student()
@@ -72,9 +78,7 @@ def test_slopes_of_the_blocks_are_those_of_the_whole_model(kind, unpack, wishes,
 
 def test_a_block_is_told_what_later_ones_have_learned(wishes, originals, checkpoints, tmp_path, monkeypatch):
     config = wishes(mode="block").resolved(1000, 128)
-    pair = Pair.open(originals["plain"], checkpoints["plain"], torch.device("cpu"), False, False)
     batches = list(torch.randint(30, (8, 16), generator=torch.Generator().manual_seed(0)).split(2))
-    job = TuneJob.create(config, "", {}, tmp_path / "run")
     found, factors = [], (1.0, 1.0, 1.02)
 
     def watch(_self, block, items, make_loss):
@@ -87,7 +91,7 @@ def test_a_block_is_told_what_later_ones_have_learned(wishes, originals, checkpo
         return {}, []
 
     monkeypatch.setattr(PredictionPass, "train", watch)
-    settings = PassSettings(pair, config, batches, 1, job, lambda *_: None, lambda _: None)
+    settings = settings_of(config, originals["plain"], checkpoints["plain"], batches, tmp_path)
     for _ in factors:
         PredictionPass(settings, "1 predictions", {}, 1.0).run()
     assert torch.equal(found[0], found[1])
@@ -98,11 +102,8 @@ def test_a_block_is_told_what_later_ones_have_learned(wishes, originals, checkpo
 def test_what_blocks_are_told_is_near_the_truth(demo, tmp_path, monkeypatch):
     """Where the last block has changed: gradients of those before it, as told, against those of the model that it makes."""
     config = FinetuneConfig(mode="block", model_name=str(demo), nsamples=96, seq_len=128, batch_size=80).resolved(10**6, 128)
-    text = (DEMO / "calibration.txt").read_text(encoding="utf-8")
-    tokens = torch.tensor(AutoTokenizer.from_pretrained(DEMO)(text).input_ids[: 96 * 128]).view(96, 128)
-    pair = Pair.open(DEMO, demo, torch.device("cpu"), False, False)
-    job = TuneJob.create(config, "", {}, tmp_path / "run")
-    settings = PassSettings(pair, config, list(tokens.split(16)), 1, job, lambda *_: None, lambda _: None)
+    tokens = tuning_tokens(config, DEMO, torch.device("cpu"), lambda *_: None)
+    settings = settings_of(config, DEMO, demo, list(tokens.split(16)), tmp_path)
     last = settings.num_blocks - 1
 
     def gradients(start, factor):
@@ -159,9 +160,7 @@ def test_a_stopped_pass_goes_on(phase, count, wishes):
 @pytest.mark.parametrize("kind", [OutputPass, PredictionPass])
 def test_a_pass_begins_where_the_last_ended(kind, wishes, originals, checkpoints, tmp_path, monkeypatch):
     config = wishes(mode="block").resolved(1000, 128)
-    pair = Pair.open(originals["plain"], checkpoints["plain"], torch.device("cpu"), False, False)
     batches = list(torch.randint(30, (6, 16), generator=torch.Generator().manual_seed(0)).split(2))
-    job = TuneJob.create(config, "", {}, tmp_path / "run")
     seen = {}
 
     def watch(_self, _block, items, make):
@@ -170,7 +169,7 @@ def test_a_pass_begins_where_the_last_ended(kind, wishes, originals, checkpoints
         return {}, []
 
     monkeypatch.setattr(BlockPass, "train", watch)
-    settings = PassSettings(pair, config, batches, 1, job, lambda *_: None, lambda _: None)
+    settings = settings_of(config, originals["plain"], checkpoints["plain"], batches, tmp_path)
     kind(settings, "1", {}, 1.0).run()
     name = "model.layers.1.mlp.up_proj.weight_scale"
     start, before = {name: 2 * seen[name].half()}, seen[name]
@@ -180,12 +179,10 @@ def test_a_pass_begins_where_the_last_ended(kind, wishes, originals, checkpoints
 
 def test_damping_reaches_the_loss_of_every_block(wishes, originals, checkpoints, tmp_path, monkeypatch):
     config = wishes(mode="block").resolved(1000, 128)
-    pair = Pair.open(originals["plain"], checkpoints["plain"], torch.device("cpu"), False, False)
     batches = list(torch.randint(30, (6, 16), generator=torch.Generator().manual_seed(0)).split(2))
-    job = TuneJob.create(config, "", {}, tmp_path / "run")
     losses = []
     monkeypatch.setattr(PredictionPass, "train", lambda _self, _block, _items, make: losses.append(make()) or ({}, []))
-    settings = PassSettings(pair, config, batches, 1, job, lambda *_: None, lambda _: None)
+    settings = settings_of(config, originals["plain"], checkpoints["plain"], batches, tmp_path)
     PredictionPass(settings, "1 predictions", {}, 3.0).run()
     assert [loss.damping for loss in losses] == [3.0, 3.0]
 

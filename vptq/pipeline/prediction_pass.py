@@ -2,7 +2,7 @@
 
 Forward through all blocks as they are, keeping what goes into each; then backward, as calibration's gradients go: at each
 block its outputs' slopes are known, and it trains on `LocalModel` with what it was given. What it learned is told to the blocks
-before it, as far as the local model knows. Only one block's weights are in memory at a time.
+before it, to second order. Only one block's weights are in memory at a time.
 """
 
 from __future__ import annotations

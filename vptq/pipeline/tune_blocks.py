@@ -66,7 +66,7 @@ class BlockTuning:
         changed, found = one.run()
         values, part = self._checked(one, changed)
         if kind == "predictions":
-            self.damping *= _raised(part) if any(map(_gained, found.values())) else EASED
+            self.damping *= _factor(part) if any(map(_gained, found.values())) else EASED
         histories = {f"{name}: {block}": history for block, history in found.items()}
         numbers = {"held_out": self.held_out, "damping": self.damping, "histories": histories}
         job.save_tensors(name, values, numbers)
@@ -93,7 +93,7 @@ class BlockTuning:
         return float(self.settings.num_blocks * self.settings.held_out.numel())
 
 
-def _raised(part: float) -> float:
+def _factor(part: float) -> float:
     """What damping is multiplied by where so much of the way was best. A root: going too far is only partly a lack of it."""
     return math.sqrt(BEST_PART / max(part, LEAST_PART))
 
